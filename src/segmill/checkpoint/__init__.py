@@ -1,0 +1,1 @@
+"""Read checkpoints of any origin, rename their keys, report, load."""

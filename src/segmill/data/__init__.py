@@ -1,0 +1,1 @@
+"""Data sets, transforms and generated scenes; all but the DataModule run without torch."""

@@ -1,0 +1,1 @@
+"""Trunks: the timm adapter and what timm lacks."""

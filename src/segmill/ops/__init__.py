@@ -1,0 +1,1 @@
+"""Fused operations on low-resolution logits: Triton on CUDA, row chunks on the CPU."""
