@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+# Tests run in parallel, one process a core; more threads would only fight for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 
 
