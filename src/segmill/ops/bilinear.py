@@ -1,0 +1,55 @@
+"""The weights of bilinear interpolation along one axis, as torch computes them."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def taps(
+    source: int, target: int, *, align_corners: bool, dtype: torch.dtype
+) -> tuple[Int[np.ndarray, " target"], Float[np.ndarray, " target"]]:
+    """For each of `target` positions the lower of its two source positions, and the upper's weight.
+
+    The upper one is the next; at the end of the axis there is none and the weight is 0.
+    """
+    real = np.float64 if dtype == torch.float64 else np.float32
+    index = np.arange(target, dtype=real)
+    if align_corners:
+        position = index * (real(source - 1) / real(max(target - 1, 1)))
+    else:
+        position = (index + real(0.5)) * (real(source) / real(target)) - real(0.5)
+    position = np.clip(position, 0, source - 1)
+    lower = position.astype(np.int64)
+    return lower, (position - lower).astype(real)
+
+
+@lru_cache(maxsize=64)
+def interpolation_matrix(
+    source: int, target: int, *, align_corners: bool, dtype: torch.dtype
+) -> Float[Tensor, "target source"]:
+    """The same weights as a dense matrix on the CPU: two entries in each row."""
+    lower, weight = taps(source, target, align_corners=align_corners, dtype=dtype)
+    matrix = np.zeros((target, source), weight.dtype)
+    rows = np.arange(target)
+    matrix[rows, lower] += 1 - weight
+    matrix[rows, np.minimum(lower + 1, source - 1)] += weight
+    return torch.from_numpy(matrix)
+
+
+def row_chunks(
+    matrix: Float[Tensor, "target source"], rows: int
+) -> list[tuple[slice, slice, Float[Tensor, "chunk span"]]]:
+    """Cut the target axis in chunks of `rows`: (target rows, source rows they read, weights)."""
+    target, source = matrix.shape
+    touched = matrix != 0
+    first = touched.int().argmax(1).tolist()
+    last = (source - touched.flip(1).int().argmax(1)).tolist()
+    chunks = []
+    for start in range(0, target, rows):
+        stop = min(start + rows, target)
+        span = slice(first[start], last[stop - 1])
+        chunks.append((slice(start, stop), span, matrix[start:stop, span].contiguous()))
+    return chunks
