@@ -1,0 +1,87 @@
+"""The root keys of each command and their types; configs/COMMAND.yaml holds their values.
+
+A key that is no field here is refused, so that a misspelt one in an experiment file is not ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentSettings:
+    """What names a run."""
+
+    name: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainKeys:
+    """Root of configs/train.yaml."""
+
+    data: Any
+    model: Any
+    protocol: Any
+    trainer: Any
+    optimizer: Any
+    schedule: Any
+    logging: Any
+    model_name: str | None
+    seed: int
+    weights: str | None
+    weights_may_miss: tuple[str, ...]
+    weights_may_leave: tuple[str, ...]
+    resume: str | None
+    output_dir: str
+    experiment: ExperimentSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalKeys:
+    """Root of configs/eval.yaml."""
+
+    data: Any
+    model: Any
+    protocol: Any
+    trainer: Any
+    model_name: str | None
+    run: str | None
+    weights: str | None
+    weights_may_miss: tuple[str, ...]
+    weights_may_leave: tuple[str, ...]
+    split: str | None
+    seed: int
+    output_dir: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictKeys:
+    """Root of configs/predict.yaml."""
+
+    protocol: Any
+    data: Any
+    run: str
+    weights: str | None
+    num_classes: int | None
+    path: str | tuple[str, ...]
+    output_dir: str | None
+    alpha: float
+    accelerator: Literal["auto", "cpu", "gpu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheckKeys:
+    """Root of configs/data_check.yaml."""
+
+    data: Any
+    every: int
+
+
+# Command -> its keys; a root file without an entry (load) is for Python callers only.
+KEYS: dict[str, type] = {
+    "train": TrainKeys,
+    "eval": EvalKeys,
+    "predict": PredictKeys,
+    "data_check": DataCheckKeys,
+}

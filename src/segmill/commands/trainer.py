@@ -1,0 +1,199 @@
+"""The trainer: its settings (configs/trainer, configs/logging), and Lightning's Trainer of them."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from segmill.callbacks import DataTime, Progress
+
+WANDB_SERVER = "https://api.wandb.ai"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """Where and how long to train; steps are optimizer steps, whatever the accumulation."""
+
+    accelerator: Literal["auto", "cpu", "gpu"]
+    devices: int | Sequence[int] | Literal["auto"]
+    nodes: int
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
+    max_steps: int
+    val_every: int
+    accumulate: int
+    clip: float | None
+    ema: float | None
+    sync_batchnorm: bool | Literal["auto"]
+    compile: bool
+    channels_last: bool
+    deterministic: bool
+    benchmark: bool
+    log_every: int
+    progress: bool
+    fast_dev_run: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbSettings:
+    """Weights & Biases; `auto` is online when a key is found and offline otherwise."""
+
+    enabled: bool
+    project: str
+    entity: str | None
+    mode: Literal["auto", "online", "offline"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingSettings:
+    """Loggers beside metrics.csv, which is always written."""
+
+    tensorboard: bool
+    wandb: WandbSettings
+
+    @classmethod
+    def silent(cls) -> LoggingSettings:
+        """Only metrics.csv."""
+        off = WandbSettings(enabled=False, project="segmill", entity=None, mode="offline")
+        return cls(tensorboard=False, wandb=off)
+
+
+class Layout(Callback):
+    """Puts the network into the memory layout and the compiled form that the settings ask for."""
+
+    def __init__(self, *, channels_last: bool, compiled: bool) -> None:
+        self.channels_last = channels_last
+        self.compiled = compiled
+
+    def setup(
+        self,
+        trainer: lightning.Trainer,  # noqa: ARG002
+        pl_module: lightning.LightningModule,
+        stage: str,  # noqa: ARG002
+    ) -> None:
+        """Before the module moves to its device; the parameters' names stay as they are."""
+        if self.channels_last:
+            pl_module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if self.compiled:
+            network: Any = pl_module.model.network  # pyright: ignore[reportAttributeAccessIssue]
+            network.compile()
+
+
+def build_trainer(
+    settings: TrainerSettings,
+    logging_settings: LoggingSettings,
+    folder: Path,
+    *,
+    extra_callbacks: Sequence[Callback],
+) -> lightning.Trainer:
+    """Lightning's Trainer that writes metrics.csv, best.ckpt (by val/mIoU) and last.ckpt."""
+    # The run folder already holds config.yaml and, when a run goes on, its checkpoints.
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    processes = world_size(settings)
+    sync = settings.sync_batchnorm
+    return lightning.Trainer(
+        accelerator=settings.accelerator,
+        devices=_devices(settings),
+        num_nodes=settings.nodes,
+        strategy="ddp" if processes > 1 else "auto",
+        precision=settings.precision,
+        max_steps=settings.max_steps,
+        max_epochs=-1,
+        val_check_interval=settings.val_every * settings.accumulate,
+        check_val_every_n_epoch=None,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=settings.clip,
+        sync_batchnorm=processes > 1 if sync == "auto" else sync,
+        deterministic=settings.deterministic,
+        benchmark=settings.benchmark and not settings.deterministic,
+        log_every_n_steps=settings.log_every,
+        enable_progress_bar=settings.progress,
+        enable_model_summary=False,
+        fast_dev_run=settings.fast_dev_run,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the data module hands out each rank's samples itself
+        logger=_loggers(logging_settings, folder),
+        callbacks=[*_callbacks(settings, folder), *extra_callbacks],
+        default_root_dir=folder,
+    )
+
+
+def world_size(settings: TrainerSettings) -> int:
+    """Processes of the run: devices of one node times nodes."""
+    devices = _devices(settings)
+    return (devices if isinstance(devices, int) else len(devices)) * settings.nodes
+
+
+def _devices(settings: TrainerSettings) -> int | list[int]:
+    if isinstance(settings.devices, int):
+        return settings.devices
+    if settings.devices == "auto":
+        return 1 if settings.accelerator == "cpu" else max(torch.cuda.device_count(), 1)
+    return [int(index) for index in settings.devices]
+
+
+def _callbacks(settings: TrainerSettings, folder: Path) -> list[Callback]:
+    best = ModelCheckpoint(
+        dirpath=folder,
+        filename="best",
+        monitor="val/mIoU",
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
+    )
+    layout = Layout(channels_last=settings.channels_last, compiled=settings.compile)
+    callbacks: list[Callback] = [layout, DataTime(), best]
+    if settings.progress:
+        callbacks.append(Progress())
+    if settings.ema is not None:
+        callbacks.append(EMAWeightAveraging(decay=settings.ema))
+    return callbacks
+
+
+def _loggers(settings: LoggingSettings, folder: Path) -> list[Logger]:
+    _keep_older_metrics(folder)
+    loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
+    if settings.tensorboard:
+        loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
+    if settings.wandb.enabled:
+        loggers.append(_wandb(settings.wandb, folder))
+    return loggers
+
+
+def _keep_older_metrics(folder: Path) -> None:
+    """A resumed run starts a new metrics.csv; Lightning would delete the one that is there."""
+    metrics = folder / "metrics.csv"
+    if metrics.exists() and "LOCAL_RANK" not in os.environ:
+        metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv'))) + 1}.csv")
+
+
+def _wandb(settings: WandbSettings, folder: Path) -> WandbLogger:
+    online = settings.mode == "online" or (settings.mode == "auto" and has_wandb_key())
+    return WandbLogger(
+        name=folder.name,
+        save_dir=folder,
+        project=settings.project,
+        entity=settings.entity,
+        offline=not online,
+    )
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B could log in without asking: a key in the environment or in ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", WANDB_SERVER)).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
