@@ -1,0 +1,88 @@
+"""Any timm model as a backbone: feature maps, their channels and strides, and key rules.
+
+Follows: MMSegmentation 1.2.2 `ResNetV1c` equals timm's ResNet with the deep stem of widths 32, 32,
+         64 (`resnet50c`), dilated by `output_stride`; only the names in the stem differ.
+Weights: MMSegmentation's `backbone.*` of ResNet and ResNetV1c; timm's own.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+from jaxtyping import Float
+from timm.layers import Format
+from torch import Tensor, nn
+
+from segmill.checkpoint.keys import Rename, Rule
+from segmill.errors import SegmillError
+
+KEYS_FROM_MMSEG: tuple[Rule, ...] = (
+    # ResNetV1c's stem is one list; timm keeps its last norm outside of it.
+    Rename(r"backbone\.stem\.7\.(.+)", r"backbone.trunk.bn1.\1"),
+    Rename(r"backbone\.stem\.(\d)\.(.+)", r"backbone.trunk.conv1.\1.\2"),
+    Rename(r"backbone\.((?:conv1|bn1|layer\d)\..+)", r"backbone.trunk.\1"),
+)
+
+
+class TimmBackbone(nn.Module):
+    """A timm model that returns feature maps (B, D, h, w), the finest first.
+
+    `out_indices` counts timm's levels (a ResNet's level 0 is its stem). `options` go to the model's
+    constructor. Weights are never downloaded here.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        in_channels: int,
+        out_indices: Sequence[int],
+        output_stride: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        if not timm.is_model(name):
+            close = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
+            raise SegmillError(
+                f"timm {timm.__version__} has no model {name!r}. Close names: {close or 'none'}. "
+                f"timm.list_models() prints all of them."
+            )
+        # Most transformers know no `output_stride`; 32 is every model's natural one.
+        dilation = {} if output_stride == 32 else {"output_stride": output_stride}
+        self.trunk = timm.create_model(
+            name,
+            pretrained=False,
+            features_only=True,
+            in_chans=in_channels,
+            out_indices=tuple(out_indices),
+            **dilation,
+            **options,
+        )
+        self.channels: tuple[int, ...] = tuple(self.trunk.feature_info.channels())
+        self.strides: tuple[int, ...] = tuple(self.trunk.feature_info.reduction())
+
+    def forward(self, image: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B _D _h _w"]]:
+        features = self.trunk(image)
+        if self.trunk.output_fmt == Format.NHWC:
+            return [feature.permute(0, 3, 1, 2).contiguous() for feature in features]
+        return list(features)
+
+    def key_rules(self) -> dict[str, tuple[Rule, ...]]:
+        """Rules to `backbone.*` from MMSegmentation's files and from timm's own."""
+        return {"mmseg": KEYS_FROM_MMSEG, "timm": self._keys_from_timm()}
+
+    def _keys_from_timm(self) -> tuple[Rule, ...]:
+        """For features, timm wraps some trunks as `model` and flattens others: `stages_0`."""
+        if list(self.trunk) == ["model"]:
+            return (Rename(r"(.+)", r"backbone.trunk.model.\1"),)
+        flattened = (re.fullmatch(r"(.+)_(\d+)", name) for name in self.trunk)
+        return (
+            *(
+                Rename(rf"{part[1]}\.{part[2]}\.(.+)", rf"backbone.trunk.{part[0]}.\1")
+                for part in flattened
+                if part
+            ),
+            Rename(r"(.+)", r"backbone.trunk.\1"),
+        )
