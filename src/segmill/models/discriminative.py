@@ -1,0 +1,76 @@
+"""Discriminative: the model that is trained and adapted. Pixels in, logits or losses out.
+
+Normalisation happens here, on the device, so that images travel as bytes. Weights belong to
+`network`, which alone is saved: mean and std are part of the configuration.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int, Int64, UInt8
+from torch import Tensor, nn
+
+from segmill.errors import SegmillError
+
+
+class Discriminative(nn.Module):
+    """A network and the statistics of its input.
+
+    `mean` and `std` are those of pixels in 0..1, one for each channel (the fourth is depth).
+    """
+
+    mean: Float[Tensor, "C 1 1"]  # of pixels in 0..255
+    std: Float[Tensor, "C 1 1"]
+
+    def __init__(self, *, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or min(std) <= 0:
+            raise SegmillError(
+                f"model.mean has {len(mean)} values and model.std {len(std)}: {list(std)}. Give "
+                "one of each for every channel, std above 0."
+            )
+        self.network = network
+        for name, values in (("mean", mean), ("std", std)):
+            scaled = torch.tensor([255 * value for value in values]).view(-1, 1, 1)
+            self.register_buffer(name, scaled, persistent=False)
+
+    def normalise(
+        self,
+        image: UInt8[Tensor, "B C H W"] | Float[Tensor, "B C H W"],
+        valid: Int64[Tensor, "B 2"] | None = None,
+    ) -> Float[Tensor, "B C H W"]:
+        """Map pixels of 0..255 to mean 0, std 1. Below and right of `valid` it is 0 afterwards.
+
+        `valid` is the (height, width) that each image really covers; padding is no black border
+        but the mean colour, as in MMSegmentation.
+        """
+        if image.shape[1] != len(self.mean):
+            raise SegmillError(
+                f"The image has {image.shape[1]} channels, the model's mean and std are for "
+                f"{len(self.mean)}. Choose a model for data.channels={image.shape[1]} (4 = RGB "
+                "and depth), or set model.mean and model.std."
+            )
+        normal = (image.float() - self.mean) / self.std
+        if valid is None:
+            return normal
+        rows = torch.arange(image.shape[2], device=image.device)[:, None]
+        columns = torch.arange(image.shape[3], device=image.device)
+        height, width = valid.view(-1, 1, 1, 2).unbind(dim=-1)
+        inside = (rows < height) & (columns < width)
+        return normal.masked_fill_(~inside[:, None], 0.0)
+
+    def forward(
+        self, image: UInt8[Tensor, "B C H W"] | Float[Tensor, "B C H W"]
+    ) -> Float[Tensor, "B K h w"]:
+        """Logits at the network's own stride, of pixels in 0..255."""
+        return self.network(self.normalise(image))
+
+    def losses(
+        self,
+        image: UInt8[Tensor, "B C H W"] | Float[Tensor, "B C H W"],
+        label: Int[Tensor, "B H W"] | UInt8[Tensor, "B H W"],
+        valid: Int64[Tensor, "B 2"] | None = None,
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The network's loss terms; their sum is the training loss."""
+        losses = self.network.losses
+        return losses(self.normalise(image, valid), label.long())  # pyright: ignore[reportCallIssue]
