@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import netrc
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import lightning
 import torch
@@ -17,8 +15,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheck
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from segmill.callbacks import DataTime, Progress
-
-WANDB_SERVER = "https://api.wandb.ai"
+from segmill.commands.accounts import has_wandb_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,14 +183,3 @@ def _wandb(settings: WandbSettings, folder: Path) -> WandbLogger:
         entity=settings.entity,
         offline=not online,
     )
-
-
-def has_wandb_key() -> bool:
-    """Whether W&B could log in without asking: a key in the environment or in ~/.netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", WANDB_SERVER)).hostname or ""
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False

@@ -1,0 +1,173 @@
+"""The command line: find the verb, say what is wrong in one paragraph, start the command.
+
+Only `commands/` do work. Help needs neither Hydra nor torch, so both are imported late.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from segmill.errors import SegmillError
+from segmill.options import suggestion
+from segmill.verbs import VERBS, Verb
+
+FLAGS = ("-h", "--help", "--dry-run", "--trace", "-m", "--multirun", "--version")
+WRONG_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+
+@dataclass(frozen=True)
+class Line:
+    """A command line, taken apart."""
+
+    argv: tuple[str, ...]
+    verb: str
+    words: tuple[str, ...]  # neither the verb nor a flag
+    flags: frozenset[str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit status is 0, 1 (failed), 2 (wrong input) or 130 (Ctrl-C)."""
+    argv = tuple(sys.argv[1:] if argv is None else argv)
+    try:
+        line = _taken_apart(argv)
+        return _start(line)
+    except SegmillError as error:
+        return _report(argv, f"{error}", WRONG_INPUT)
+    except KeyboardInterrupt:
+        return _report(argv, "Stopped.", INTERRUPTED)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}\nThis is unexpected. Run again with --trace to see"
+        return _report(argv, f"{text} where it comes from.", FAILED)
+
+
+def _start(line: Line) -> int:
+    if "--version" in line.flags:
+        from segmill import __version__
+
+        return _say(f"segmill {__version__}")
+    if not line.verb or line.flags & {"-h", "--help"}:
+        from segmill.usage import overview, verb_help
+
+        return _say(verb_help(line.verb) if line.verb else overview())
+    verb = VERBS[line.verb]
+    if "--dry-run" in line.flags and not verb.dry_run:
+        raise SegmillError(f"segmill {line.verb} has no --dry-run.")
+    _log_to_stdout()
+    if verb.config is None:
+        _call_plain(line, verb)
+        return 0
+    return _call_composed(line, verb)
+
+
+def _call_plain(line: Line, verb: Verb) -> None:
+    """A command without a configuration: its words are the keywords of its function."""
+    keywords = {}
+    for word in line.words:
+        key, equals, value = word.partition("=")
+        if not equals and verb.arguments:
+            key, value = next(iter(verb.arguments)), word
+        if key not in verb.arguments:
+            hint = suggestion(key, verb.arguments)
+            raise SegmillError(
+                f"{word}: segmill {line.verb} has no {key}{hint}. {_see_help(line.verb)}"
+            )
+        keywords[key] = verb.arguments[key](value)
+    for key in verb.required:
+        if key not in keywords:
+            raise SegmillError(f"segmill {line.verb} needs {key}: {verb.usage}")
+    getattr(importlib.import_module(verb.module), verb.function)(**keywords)
+
+
+def _call_composed(line: Line, verb: Verb) -> int:
+    """A command with a configuration; several values for a key are several runs."""
+    from segmill.configuration import Invocation, compose
+    from segmill.sweep import check_jobs, jobs_of, run_jobs
+
+    assert verb.config is not None
+    overrides = _overrides(line, verb)
+    jobs = jobs_of(overrides)
+    if len(jobs) > 1:
+        check_jobs(verb.config, jobs)
+        return run_jobs(line.verb, jobs, flags=sorted(line.flags - {"-m", "--multirun"}))
+    context = Invocation(
+        verb=line.verb,
+        argv=line.argv,
+        command=shlex.join(["segmill", *line.argv]),
+        overrides=tuple(overrides),
+        dry_run="--dry-run" in line.flags,
+    )
+    config = compose(verb.config, overrides)
+    getattr(importlib.import_module(verb.module), verb.function)(config, context)
+    return 0
+
+
+def _overrides(line: Line, verb: Verb) -> list[str]:
+    """The line's key=value words; words without `=` become the verb's positional key."""
+    from segmill.configuration import quoted
+
+    overrides = [word for word in line.words if "=" in word or word.startswith(("+", "~"))]
+    bare = [word for word in line.words if word not in overrides]
+    if bare and verb.positional is None:
+        raise SegmillError(f"{bare[0]!r} is not key=value. {_see_help(line.verb)}")
+    if len(bare) == 1:
+        overrides.append(f"{verb.positional}={quoted(bare[0])}")
+    elif bare:
+        overrides.append(f"{verb.positional}=[{','.join(quoted(word) for word in bare)}]")
+    return overrides
+
+
+def _taken_apart(argv: tuple[str, ...]) -> Line:
+    flags = frozenset(word for word in argv if word.startswith("-"))
+    words = [word for word in argv if not word.startswith("-")]
+    for flag in sorted(flags - set(FLAGS)):
+        known = ", ".join(FLAGS)
+        raise SegmillError(f"There is no flag {flag}{suggestion(flag, FLAGS)} Flags: {known}.")
+    for count in (2, 1):
+        name = " ".join(words[:count])
+        if name in VERBS:
+            return Line(argv=argv, verb=name, words=tuple(words[count:]), flags=flags)
+    if words and not flags & {"-h", "--help"}:
+        raise SegmillError(_unknown_verb(words))
+    return Line(argv=argv, verb="", words=(), flags=flags)
+
+
+def _unknown_verb(words: Sequence[str]) -> str:
+    """Two-word commands are answered with the second words that exist."""
+    family = [name for name in VERBS if name.startswith(f"{words[0]} ")]
+    if family:
+        return f"Write {' or '.join(f'segmill {name}' for name in family)}."
+    hint = suggestion(" ".join(words[:2]), VERBS) or suggestion(words[0], VERBS)
+    return f"There is no command {words[0]!r}{hint} All commands: {', '.join(VERBS)}."
+
+
+def _see_help(verb: str) -> str:
+    return f"See segmill {verb} --help."
+
+
+def _log_to_stdout() -> None:
+    """Results go to the terminal; of several processes only the first one speaks."""
+    log = logging.getLogger("segmill")
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.ERROR)
+
+
+def _say(text: str) -> int:
+    sys.stdout.write(f"{text}\n")
+    return 0
+
+
+def _report(argv: Sequence[str], text: str, status: int) -> int:
+    if "--trace" in argv:
+        traceback.print_exc()
+    sys.stderr.write(f"segmill: {text}\n")
+    return status

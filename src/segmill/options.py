@@ -1,0 +1,51 @@
+"""Groups and options of the configuration tree, read off its folders.
+
+Standard library only: the help texts list options too.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+from segmill.paths import CONFIGS
+
+# A short option name is also looked for in these subfolders of its group.
+SUBFOLDERS = {"model": ("discriminative",)}
+
+
+def config_folders() -> tuple[Path, ...]:
+    """The package's tree, then `configs/` of the current folder when that is another one."""
+    own = Path.cwd() / "configs"
+    if own.is_dir() and not own.samefile(CONFIGS):
+        return (CONFIGS, own)
+    return (CONFIGS,)
+
+
+def groups() -> tuple[str, ...]:
+    """Every folder with YAML files, as Hydra names it: `data`, `model`, `model/backbone`."""
+    found = {
+        file.parent.relative_to(folder).as_posix()
+        for folder in config_folders()
+        for file in folder.rglob("*.yaml")
+        if file.parent != folder
+    }
+    parents = {name.split("/")[0] for name in found}
+    return tuple(sorted(found | parents))
+
+
+def options(group: str) -> dict[str, str]:
+    """Short name -> option as Hydra wants it: `fcn_r50-d8` -> `discriminative/fcn_r50-d8`."""
+    found: dict[str, str] = {}
+    for subfolder in (*SUBFOLDERS.get(group, ()), ""):
+        for folder in config_folders():
+            for file in sorted((folder / group / subfolder).glob("*.yaml")):
+                found[file.stem] = f"{subfolder}/{file.stem}" if subfolder else file.stem
+    return found
+
+
+def suggestion(word: str, candidates: Iterable[str]) -> str:
+    """`; did you mean a or b?`, or nothing when no candidate is near."""
+    near = difflib.get_close_matches(word, sorted(set(candidates)), n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -1,0 +1,134 @@
+"""The table of commands: a new command is one row here and one module in `commands/`.
+
+Standard library only: `segmill --help` must not wait for torch or Hydra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """One command.
+
+    With `config` it is composed from configs/CONFIG.yaml and called as `run(config, context)`.
+    Without, its `arguments` (name -> conversion of the text) are the keywords of its function; the
+    first one may be written without its name.
+    """
+
+    module: str
+    function: str = "run"
+    summary: str
+    usage: str
+    config: str | None = None
+    arguments: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
+    positional: str | None = None  # the key that a word without `=` is stored in
+    dry_run: bool = False
+    keys: tuple[tuple[str, str], ...] = ()
+    examples: tuple[str, ...] = ()
+
+
+VERBS: dict[str, Verb] = {
+    "train": Verb(
+        module="segmill.commands.train",
+        config="train",
+        dry_run=True,
+        summary="train a model; leaves a run folder with checkpoints, scores and a report",
+        usage="segmill train [GROUP=OPTION ...] [key=value ...] [--dry-run]",
+        keys=(
+            ("experiment.name=NAME", "the run folder's name"),
+            ("data.data_root=DIR", "where the data set lies"),
+            ("data.batch_size=N", "the global batch, however many devices share it"),
+            ("optimizer.learning_rate=R", "the base learning rate"),
+            ("trainer.max_steps=N", "optimizer steps"),
+            ("trainer.devices=N", "processes; more than one is DDP"),
+            ("weights=SOURCE", "start from a file, a run, a hub id or `timm` (step 0)"),
+            ("resume=RUN", "go on where RUN stopped"),
+            ("seed=N", "every random draw and the order of the samples"),
+        ),
+        examples=(
+            "segmill train model=segformer_mit-b0 data=camvid data.data_root=data/camvid",
+            "segmill train model=pspnet_r50-d8 data=ade20k weights=timm trainer=ddp --dry-run",
+            "segmill train model=fcn_r50-d8,upernet_r50 seed=0,1,2    # six runs in a row",
+            "segmill train resume=runs/my_run",
+        ),
+    ),
+    "eval": Verb(
+        module="segmill.commands.evaluate",
+        config="eval",
+        summary="score a run or a checkpoint under a named protocol",
+        usage="segmill eval run=RUN | model=NAME data=NAME weights=SOURCE [protocol=NAME]",
+        keys=(
+            ("run=RUN", "a run folder or its model.safetensors"),
+            ("weights=SOURCE", "without a run: a checkpoint of any origin for model=NAME"),
+            ("split=NAME", "the data set's split; default its validation split"),
+            ("protocol.KEY=VALUE", "one setting of the protocol, e.g. protocol.flip=true"),
+        ),
+        examples=(
+            "segmill eval run=runs/my_run split=test protocol=ms_flip",
+            "segmill eval model=pspnet_r50-d8 data=ade20k data.data_root=data/ADEChallengeData2016 "
+            "weights=pspnet.pth",
+        ),
+    ),
+    "predict": Verb(
+        module="segmill.commands.predict",
+        config="predict",
+        positional="path",
+        summary="segment an image, a folder, a glob or a video: overlay, index PNG, legend",
+        usage="segmill predict run=RUN PATH [PATH ...]",
+        keys=(
+            ("run=RUN", "a run folder, its model.safetensors, or a variant with weights=FILE"),
+            ("output_dir=DIR", "where the pictures go; default predictions/ in the run folder"),
+            ("alpha=0.5", "opacity of the classes in the overlay"),
+        ),
+        examples=(
+            "segmill predict run=runs/my_run street.jpg",
+            "segmill predict run=pspnet_r50-d8 weights=pspnet.pth num_classes=150 photos/",
+            "segmill predict run=runs/my_run drive.mp4 output_dir=out",
+        ),
+    ),
+    "demo": Verb(
+        module="segmill.commands.demo",
+        config="demo",
+        summary="everything once on generated rooms, without a network; some minutes on two cores",
+        usage="segmill demo [key=value ...]",
+        keys=(("output_dir=DIR", "default runs/demo"),),
+        examples=("segmill demo", "segmill demo output_dir=/tmp/demo"),
+    ),
+    "doctor": Verb(
+        module="segmill.commands.doctor",
+        summary="check this machine: versions, GPUs, disk, data, keys; says what to do",
+        usage="segmill doctor",
+        examples=("segmill doctor",),
+    ),
+    "weights inspect": Verb(
+        module="segmill.commands.weights",
+        function="run_inspect",
+        arguments={"file": Path, "model": str},
+        required=("file",),
+        summary="say where a checkpoint comes from, and what would load into which model",
+        usage="segmill weights inspect FILE [model=NAME]",
+        keys=(("model=NAME", "compare with this variant; default: the best match"),),
+        examples=(
+            "segmill weights inspect pspnet_r50-d8_512x512_160k_ade20k.pth",
+            "segmill weights inspect segformer.safetensors model=segformer_mit-b5",
+        ),
+    ),
+    "data check": Verb(
+        module="segmill.commands.data",
+        function="run_check",
+        config="data_check",
+        summary="find every bad file of a data set before training; pixels per class",
+        usage="segmill data check data=NAME [data.data_root=DIR]",
+        keys=(("every=N", "look at each N-th sample only"),),
+        examples=(
+            "segmill data check data=camvid data.data_root=data/camvid",
+            "segmill data check data=ade20k every=50",
+        ),
+    ),
+}
