@@ -1,0 +1,129 @@
+"""`segmill data check`: every bad file of a data set before training, and pixels per class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from segmill.configuration import Invocation, build
+from segmill.data.check import DataReport, check_dataset
+from segmill.data.classes import Classes, read_classes
+from segmill.data.files import DataError
+from segmill.data.folder import FolderDataset
+from segmill.errors import SegmillError
+
+# The keys of a data YAML that FolderDataset takes as they are.
+_FILES = "data_root image label splits label_map label_format".split()
+_SIZES_SHOWN, _PROBLEMS_SHOWN = 4, 200
+
+
+def run_check(config: DictConfig, context: Invocation) -> None:
+    """Print what is in every split; raise SegmillError when anything is wrong."""
+    if config.every < 1:
+        raise SegmillError(f"every={config.every}: it must be 1 (every sample) or more.")
+    keys: dict[str, Any] = OmegaConf.to_container(config.data, resolve=True)  # type: ignore[assignment]
+    if keys["generate"] is not None:
+        generated = build(keys["generate"])
+        if callable(generated):
+            generated()
+    console = Console()
+    classes = read_classes(keys["classes"])
+    reports, problems = _look(keys, classes, config.every, console)
+    if len(classes) != keys["num_classes"]:
+        problems.append(
+            f"data.num_classes={keys['num_classes']}, but data.classes={keys['classes']} has "
+            f"{len(classes)} classes. Set data.num_classes={len(classes)}, or correct the file."
+        )
+    console.print(_class_table(classes, reports, title=f"{keys['name']}: pixels per class"))
+    for split, report in reports.items():
+        console.print(f"{split}: {described(report)}", highlight=False)
+    for problem in problems[:_PROBLEMS_SHOWN]:
+        console.print(f"[red]problem[/red] {problem}", highlight=False, soft_wrap=True)
+    if problems:
+        hidden = len(problems) - _PROBLEMS_SHOWN
+        more = f" ({hidden} of them not printed)" if hidden > 0 else ""
+        raise SegmillError(
+            f"{len(problems)} problem(s) in data={keys['name']}{more}, listed above with what to "
+            f"do. Then again: {context.command}"
+        )
+    console.print(f"No problem found. Next: segmill train data={keys['name']}", highlight=False)
+
+
+def described(report: DataReport) -> str:
+    """Samples, image sizes and depth in one line."""
+    sizes = report.sizes.most_common(_SIZES_SHOWN)
+    text = ", ".join(f"{width} x {height} ({count})" for (width, height), count in sizes)
+    others = len(report.sizes) - len(sizes)
+    parts = [f"{report.samples} samples", f"size {text or '-'}"]
+    if others:
+        parts.append(f"{others} other sizes")
+    if report.depth_range is not None:
+        parts.append(f"depth {report.depth_range[0]} to {report.depth_range[1]}")
+    if report.depth_missing is not None:
+        parts.append(f"{report.depth_missing:.1%} of the depth not measured")
+    return "; ".join(parts)
+
+
+def _look(
+    keys: Mapping[str, Any], classes: Classes, every: int, console: Console
+) -> tuple[dict[str, DataReport], list[str]]:
+    reports, problems = {}, []
+    splits = [keys["train_split"], keys["val_split"], keys["test_split"]]
+    with Progress(console=console, transient=True) as progress:
+        for split in dict.fromkeys(each for each in splits if each is not None):
+            try:
+                dataset = _dataset(keys, classes, split)
+                task = progress.add_task(split, total=-(-len(dataset) // every))
+                reports[split] = check_dataset(
+                    dataset,
+                    every=every,
+                    progress=lambda done, task=task: progress.update(task, completed=done),
+                )
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            problems += reports[split].problems
+    return reports, list(dict.fromkeys(problems))
+
+
+def _dataset(keys: Mapping[str, Any], classes: Classes, split: str) -> FolderDataset:
+    with_depth = keys["channels"] == 4
+    return build(
+        {
+            "_target_": "segmill.data.folder.FolderDataset",
+            **{key: keys[key] for key in _FILES},
+            "depth": keys["depth"] if with_depth else None,
+            "depth_range": keys["depth_range"] if with_depth else None,
+        },
+        split=split,
+        classes=classes,
+    )
+
+
+def _class_table(classes: Classes, reports: Mapping[str, DataReport], *, title: str) -> Table:
+    table = Table(title=title)
+    table.add_column("", justify="right")
+    table.add_column("class")
+    for split in reports:
+        table.add_column(split, justify="right")
+        table.add_column("share", justify="right")
+    for index, (name, colour) in enumerate(zip(classes.names, classes.palette, strict=True)):
+        red, green, blue = colour.tolist()
+        cells = [_cells(int(report.pixels[index]), report) for report in reports.values()]
+        mark = f"[rgb({red},{green},{blue})]■[/]"
+        table.add_row(str(index), f"{mark} {name}", *(cell for pair in cells for cell in pair))
+    table.add_section()
+    cells = [_cells(report.ignored, report) for report in reports.values()]
+    table.add_row("255", "ignored", *(cell for pair in cells for cell in pair))
+    return table
+
+
+def _cells(pixels: int, report: DataReport) -> tuple[str, str]:
+    total = int(report.pixels.sum()) + report.ignored
+    share = f"{pixels / total:.2%}" if total else "-"
+    return (f"{pixels:,}", share) if pixels else ("[yellow]0", share)

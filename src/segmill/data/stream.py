@@ -1,0 +1,119 @@
+"""The endless stream of training samples: which sample stands where, and what is drawn for it.
+
+Everything follows from (seed, position in the stream), so neither the number of workers nor of
+processes changes a sample, and a run continues anywhere.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from segmill.data.sample import Sample
+from segmill.data.transforms import TrainSample, TrainTransform
+
+
+class Samples(Protocol):
+    """A sequence of decoded samples."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """One sample."""
+        ...
+
+
+class TrainStream:
+    """Sample at a position of the stream: shuffled anew in every epoch, augmented."""
+
+    def __init__(self, samples: Samples, transform: TrainTransform, *, seed: int) -> None:
+        self._samples, self._transform, self._seed = samples, transform, seed
+
+    def __getitem__(self, position: int) -> TrainSample:
+        """Decode and transform; the draws belong to the position, not to the worker."""
+        sample = self._samples[shuffled(position, len(self._samples), self._seed)]
+        return self._transform(sample, np.random.RandomState([self._seed, 0, position]))
+
+
+class StepBatches:
+    """Positions of every micro-batch of one process, without end.
+
+    Step s covers positions [s x batch, (s + 1) x batch). Each process takes its contiguous share
+    and cuts it into `accumulate` micro-batches.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch: int,
+        accumulate: int,
+        start_step: int,
+        place: Callable[[], tuple[int, int]],
+    ) -> None:
+        self._batch, self._accumulate, self._start = batch, accumulate, start_step
+        self._place = place
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Asks for (rank, world size) only now: the processes meet after the loaders are made."""
+        rank, world = self._place()
+        size = self._batch // (world * self._accumulate)
+        position = self._start * self._batch + rank * size * self._accumulate
+        while True:
+            for micro in range(self._accumulate):
+                first = position + micro * size
+                yield list(range(first, first + size))
+            position += self._batch
+
+
+class Shard:
+    """Indices of one process in evaluation: rank, rank + world, ...; none padded, none twice."""
+
+    def __init__(self, length: int, place: Callable[[], tuple[int, int]]) -> None:
+        self._length, self._place = length, place
+
+    def __len__(self) -> int:
+        """Number of samples of this process."""
+        return len(self._indices())
+
+    def __iter__(self) -> Iterator[int]:
+        """In the order of the data set."""
+        return iter(self._indices())
+
+    def _indices(self) -> range:
+        rank, world = self._place()
+        return range(rank, self._length, world)
+
+
+class InMemory:
+    """All samples decoded once, before workers are forked, which then share the arrays."""
+
+    def __init__(self, samples: Samples, *, threads: int) -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            self._samples: Sequence[Sample] = list(
+                pool.map(samples.__getitem__, range(len(samples)))
+            )
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        """One decoded sample; its arrays are shared, so nobody writes into them."""
+        return self._samples[index]
+
+
+def shuffled(position: int, length: int, seed: int) -> int:
+    """Index of the sample at `position` of the stream over `length` samples."""
+    epoch, offset = divmod(position, length)
+    return int(_permutation(length, seed, epoch)[offset])
+
+
+# Two epochs meet inside one global batch.
+@lru_cache(maxsize=4)
+def _permutation(length: int, seed: int, epoch: int) -> Int[np.ndarray, " N"]:
+    return np.random.RandomState([seed, 1, epoch]).permutation(length)
