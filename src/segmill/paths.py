@@ -1,4 +1,4 @@
-"""Where the Hydra tree lies: beside the package in a wheel, at the repository's root in a checkout."""
+"""Where the Hydra tree lies: beside the package in a wheel, at the root in a checkout."""
 
 from pathlib import Path
 

@@ -1,0 +1,72 @@
+"""Lightning callbacks of a training run: progress, the time spent waiting for data, Ctrl-C."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+
+log = logging.getLogger(__name__)
+
+
+class Progress(TQDMProgressBar):
+    """One line with loss, learning rate, seconds waiting for data and the last mIoU."""
+
+    def get_metrics(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> dict[str, Any]:
+        """Short names; Lightning's version number says nothing here."""
+        values = super().get_metrics(trainer, pl_module)
+        return {name.removeprefix("train/"): v for name, v in values.items() if name != "v_num"}
+
+
+class DataTime(Callback):
+    """Log `train/data_time`: seconds per step that training waited for the loader."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def on_train_batch_start(
+        self,
+        trainer: lightning.Trainer,  # noqa: ARG002
+        pl_module: lightning.LightningModule,
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """The batch is here."""
+        if self._since is not None:
+            pl_module.log("train/data_time", time.perf_counter() - self._since, prog_bar=True)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Waiting begins."""
+        self._since = time.perf_counter()
+
+    def on_validation_end(self, *_: Any) -> None:
+        """Validation is not waiting."""
+        self._since = None
+
+
+class SaveOnInterrupt(Callback):
+    """Ctrl-C writes `last.ckpt` and says how to go on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,  # noqa: ARG002
+        exception: BaseException,
+    ) -> None:
+        """Only for the user's own interrupt: a broken run must not overwrite a good checkpoint."""
+        if isinstance(exception, KeyboardInterrupt):
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+            log.warning(
+                "Stopped at step %d; last.ckpt is written. Go on with:\n  segmill train resume=%s",
+                trainer.global_step,
+                self.folder,
+            )

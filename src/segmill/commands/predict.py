@@ -1,0 +1,67 @@
+"""`segmill predict run=RUN PATH...`: overlays, index PNGs and a legend for any images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from segmill.configuration import Invocation, build
+from segmill.data.inputs import Input, iter_inputs
+from segmill.errors import SegmillError
+from segmill.report.prediction import PredictionWriter
+from segmill.segmenter import Segmenter, open_segmenter
+
+log = logging.getLogger(__name__)
+
+
+def run(config: DictConfig, context: Invocation) -> None:  # noqa: ARG001
+    """Predict every image, folder, glob or video of `path`."""
+    segmenter = open_segmenter(config.run, weights=config.weights, num_classes=config.num_classes)
+    if config.protocol is not None:
+        segmenter = replace(segmenter, protocol=build(config.protocol))
+    if (segmenter.channels == 4) != (config.depth is not None):
+        raise SegmillError(
+            f"{config.run} takes {'RGB and depth' if segmenter.channels == 4 else 'RGB only'}, and "
+            f"depth={config.depth}. A model with depth needs depth=FILE or depth=FOLDER (NAME.png "
+            f"for every image); one without it takes none."
+        )
+    paths = [config.path] if isinstance(config.path, str) else list(config.path)
+    segmenter.to(_device(config.accelerator))
+    folder = _output_folder(config)
+    inputs = iter_inputs(paths, depth=config.depth, depth_range=segmenter.depth_range)
+    count = _predict(segmenter, inputs, folder, alpha=config.alpha)
+    log.info("%d image(s) predicted under protocol %s", count, segmenter.protocol.name)
+    log.info("Next: open %s", folder / "overlay")
+
+
+def _predict(segmenter: Segmenter, inputs: Iterable[Input], folder: Path, *, alpha: float) -> int:
+    count = 0
+    with PredictionWriter(folder, classes=segmenter.classes, alpha=alpha) as writer:
+        for source in inputs:
+            overlay = writer.write(source, segmenter.predict(source.image).label)
+            count += 1
+            if source.frame is None:
+                log.info("%s", overlay)
+    return count
+
+
+def _output_folder(config: DictConfig) -> Path:
+    if config.output_dir is not None:
+        return Path(config.output_dir)
+    run = Path(config.run)
+    if run.is_dir():
+        return run / "predictions"
+    return (run.parent if run.is_file() else Path()) / "predictions"
+
+
+def _device(accelerator: str) -> str:
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise SegmillError(
+            "accelerator=gpu, but no CUDA device is visible; segmill doctor says why."
+        )
+    return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
