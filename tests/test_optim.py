@@ -4,10 +4,10 @@ import re
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from torch import nn
 
 import golden
+from segmill.configuration import build
 from segmill.errors import SegmillError
 from segmill.optim import SGD, AdamW, MultiStep, Poly, norm_parameters, parameter_groups
 from segmill.paths import CONFIGS
@@ -200,8 +200,8 @@ def test_every_optim_file_builds(name):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose(overrides=[f"+optim={name}"])
     model = Small()
-    optimizer = instantiate(config.optimizer, _convert_="all")
-    schedule = instantiate(config.schedule, _convert_="all")
+    optimizer = build(config.optimizer)
+    schedule = build(config.schedule)
     stepper = schedule.build(optimizer.build(model), max_steps=config.trainer.max_steps)
     assert stepper.get_last_lr()[0] <= optimizer.learning_rate
     assert config.trainer.max_steps >= config.trainer.val_every
@@ -220,4 +220,4 @@ def test_the_published_recipes_give_the_original_groups_and_rates(name, recipe):
     assert config.trainer.max_steps == golden_recipe["max_iters"]
     for part, rule in config.optimizer.rules.items():
         assert golden_recipe["paramwise_cfg"]["custom_keys"][part] == rule
-    assert instantiate(config.schedule) == SCHEDULES[recipe]
+    assert build(config.schedule) == SCHEDULES[recipe]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+PLAIN = (str, int, float, list, tuple, Mapping, types.NoneType)  # what YAML can say
 UNKNOWN = object()  # a missing or unresolvable value: reported elsewhere, fits everything
 
 
@@ -22,7 +23,9 @@ class Mismatch(Exception):  # noqa: N818  (an answer, never shown as an error of
 
 def converted(value: Any, hint: Any) -> Any:
     """`value` as `hint` wants it; a node with `_target_` stands for the object it will build."""
-    if value is UNKNOWN or (isinstance(value, Mapping) and "_target_" in value):
+    stands_for_object = isinstance(value, Mapping) and "_target_" in value
+    built = not isinstance(value, PLAIN)
+    if hint is Any or value is UNKNOWN or stands_for_object or built:
         return value
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):

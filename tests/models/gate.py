@@ -5,30 +5,28 @@ their scale; the golden run measured that noise per model.
 """
 
 import copy
-from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import torch
 import torch.nn.functional as F
-from golden import ModelGolden, golden_image
 from torch import Tensor, nn
 
-from segmill.checkpoint.keys import apply_rules
+from golden import ModelGolden, golden_image
+from segmill import configuration
 from segmill.checkpoint.load import load_arrays
+from segmill.configuration import compose
 from segmill.inference import slide_logits
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SIZES = ((128, 128), (96, 160))
 
 
 def build(variant: str, *overrides: str, num_classes: int = 150, channels: int = 3) -> Any:
     """The network of configs/model/discriminative/VARIANT.yaml, without its normalisation."""
-    data = [f"+data.num_classes={num_classes}", f"+data.channels={channels}"]
-    with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
-        config = hydra.compose(overrides=[f"+model=discriminative/{variant}", *data, *overrides])
-    return hydra.utils.instantiate(config.model.network)
+    sizes = [f"data.num_classes={num_classes}", f"data.channels={channels}"]
+    return configuration.build(
+        compose("load", [f"model={variant}", *sizes, *overrides]).model.network
+    )
 
 
 def load_golden(network: Any, golden: ModelGolden) -> nn.Module:
