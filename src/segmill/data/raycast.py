@@ -7,7 +7,7 @@ Lengths are metres; a room stands on z = 0 with one corner in the origin.
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -18,33 +18,23 @@ PATTERNS = ("plain", "checker", "stripes", "tiles", "clouds")
 SMALL = 1e-9  # a direction this flat counts as this steep, so that no division is by zero
 
 
-class Solid(Protocol):
-    """A convex body in its own frame, centred on the origin."""
-
-    @property
-    def reach(self) -> float:
-        """Radius of a sphere around the body."""
-        ...
-
-    def hit(self, origin: Vector, direction: Points) -> tuple[Float[np.ndarray, " N"], Points]:
-        """Distance in units of `direction` (inf = missed) and unit normal where rays enter."""
-        ...
-
-
 @dataclass(frozen=True)
 class Block:
-    """A cuboid given by its half sizes."""
+    """A cuboid given by its half sizes; like every solid, centred in a frame of its own."""
 
     half: Vector
 
     @property
     def reach(self) -> float:
-        """Half the diagonal."""
+        """Radius of a sphere around the solid: half the diagonal."""
         x, y, z = self.half
         return math.sqrt(x * x + y * y + z * z)
 
     def hit(self, origin: Vector, direction: Points) -> tuple[Float[np.ndarray, " N"], Points]:
-        """Enter by the last of the three front faces, before leaving by the first back face."""
+        """Where rays enter: distance in units of `direction` (inf = missed) and unit normal.
+
+        A ray enters by the last of three front faces, before leaving by the first back face.
+        """
         steep = np.where(np.abs(direction) < SMALL, SMALL, direction)
         centre = -column(origin) / steep
         thick = column(self.half) / np.abs(steep)
@@ -105,6 +95,9 @@ class Post:
         )
         up = np.where(np.arange(3)[:, None] == 2, 1.0, 0.0)
         return np.minimum(side, top), np.where(top < side, up, round_normal / self.radius)
+
+
+Solid = Block | Ball | Post
 
 
 class Placed(NamedTuple):
@@ -185,7 +178,7 @@ def paint(hits: Hits, materials: list[Material]) -> Points:
     pattern = np.asarray([PATTERNS.index(material.pattern) for material in materials])[of]
     weight = np.choose(pattern, [weights[name] for name in PATTERNS])
     colour = table["colour"][of] + (table["second"] - table["colour"])[of] * weight[:, None]
-    framed = (np.abs(hits.texture) > table["inside"][of].T).any(axis=0)
+    framed = np.any(np.abs(hits.texture) > table["inside"][of].T, axis=0)
     colour = np.where(framed[:, None], table["frame"][of], colour)
     return (colour * (0.85 + 0.3 * clouds[:, None])).T
 

@@ -15,13 +15,14 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8, UInt16
 
+from segmill.data.depth import depth_channel
 from segmill.data.raycast import Hits, Placed, Points, Vector, column, dot, paint, trace
 from segmill.data.rooms import CEILING, FLOOR, WALL, Camera, between, cover, empty_room, furnish
 from segmill.data.rooms import viewer as place_viewer
 from segmill.data.sample import Sample
 from segmill.errors import SegmillError
 
-FARTHEST = 9000  # millimetres, more than any room is deep; `depth_range` of data/scenes.yaml
+DEPTH_RANGE = (0.0, 9000.0)  # millimetres, more than any room is deep; as in data/scenes.yaml
 VERSION = 1  # in the manifest: raise it when the same seed gives another scene
 MANIFEST = "manifest.json"
 FOLDERS = ("images", "depth", "labels")
@@ -40,7 +41,7 @@ class Scene:
 def render_scene(seed: int, *, height: int, width: int) -> Sample:
     """The room of `seed` as training sees it: RGB and 8-bit depth (0..9 m), with its label."""
     scene = ray_cast(seed, height=height, width=width)
-    depth = np.floor(scene.depth * (255 / FARTHEST) + 0.5).astype(np.uint8)
+    depth = depth_channel(scene.depth, DEPTH_RANGE)
     return Sample(np.dstack([scene.image, depth]), scene.label, f"{seed:06d}")
 
 
@@ -90,11 +91,7 @@ def write_scenes(
             _write_split(fresh, split, range(first, first + count), height, width)
             first += count
         (fresh / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        # Another process may have been as quick; its scenes are the same.
-        if _written(root) != manifest:
-            if root.exists():
-                root.rename(Path(scratch) / "old")
-            fresh.rename(root)
+        _put_in_place(fresh, root, manifest, Path(scratch) / "old")
 
 
 def _rays(camera: Camera, height: int, width: int) -> Points:
@@ -147,6 +144,19 @@ def _refuse_foreign_files(root: Path) -> None:
             f"({', '.join(foreign or sorted(entries))[:120]}). Set data.data_root to an empty or "
             f"new folder."
         )
+
+
+def _put_in_place(fresh: Path, root: Path, manifest: object, old: Path) -> None:
+    """Another process may have been faster; its scenes are the same and may be in use already."""
+    if _written(root) == manifest:
+        return
+    if root.exists():
+        root.rename(old)
+    try:
+        fresh.rename(root)
+    except OSError:
+        if _written(root) != manifest:
+            raise
 
 
 def _write_split(root: Path, split: str, seeds: range, height: int, width: int) -> None:

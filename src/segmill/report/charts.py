@@ -1,0 +1,149 @@
+"""Curves and heat maps as pictures that follow the page's light or dark colours.
+
+No text of the user is drawn here: names and titles are HTML around the picture, so that a Chinese
+name needs no font on the machine that trains.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float, Integer
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+LINES = 6  # colours --line-0 ... of the page, one a line
+POINTS = 300  # a longer curve is shown as block means over a band from minimum to maximum
+SCORES = {"mIoU", "mAcc", "aAcc", "FWIoU", "mDice", "mFscore", "mPrecision", "mRecall"}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "segmill",
+    "font.size": 9,
+    "axes.edgecolor": "#0a0a01",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#0a0a02",
+    "grid.linewidth": 0.6,
+    "xtick.color": "#0a0a03",
+    "ytick.color": "#0a0a03",
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+PAGE_COLOURS = {"#0a0a01": "--rule", "#0a0a02": "--rule", "#0a0a03": "--muted"}
+PAGE_COLOURS |= {f"#0b0b{line:02x}": f"--line-{line}" for line in range(LINES)}
+
+
+class Curve(NamedTuple):
+    """A logged value over optimizer steps."""
+
+    steps: Float[np.ndarray, " N"]
+    values: Float[np.ndarray, " N"]
+
+
+class Chart(NamedTuple):
+    """An inline SVG, what it shows, and the page's colour variable of each line."""
+
+    title: str
+    svg: str
+    legend: list[tuple[str, str]]
+
+
+def read_curves(paths: Iterable[Path]) -> dict[str, Curve]:
+    """Read `metrics.csv` files: a `step` column, and blanks where a value was not logged.
+
+    Several files are parts of one run; where steps repeat after a resume, the later file counts.
+    """
+    values: dict[str, dict[float, float]] = {}
+    for path in paths:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                step = float(row.pop("step"))
+                for key, text in row.items():
+                    if text and key != "epoch":
+                        values.setdefault(key, {})[step] = float(text)
+    return {key: Curve(*np.array(sorted(by_step.items())).T) for key, by_step in values.items()}
+
+
+def curve_charts(curves: Mapping[str, Curve]) -> list[Chart]:
+    """One chart a kind of value: scores, losses, learning rate, then the others by name.
+
+    Scores of single classes (`val/IoU/road`) are in the table and not drawn.
+    """
+    kinds: dict[str, dict[str, Curve]] = {"Scores": {}, "Loss": {}, "Learning rate": {}}
+    for key, curve in curves.items():
+        if re.search(r"/(IoU|Acc|Dice)/", key) is None:
+            kinds.setdefault(_kind(key), {})[key] = curve
+    return [_chart(title, group) for title, group in kinds.items() if group]
+
+
+def heat_map(shares: Float[np.ndarray, "K J"], *, side: int) -> bytes:
+    """PNG of a matrix of shares 0..1, about `side` pixels wide, darker blue for more."""
+    scale = max(side // max(shares.shape), 1)
+    strength = np.sqrt(np.nan_to_num(shares))[..., None]
+    colours = np.array([250, 250, 252]) * (1 - strength) + np.array([20, 60, 160]) * strength
+    large = np.kron(colours, np.ones((scale, scale, 1))).astype(np.uint8)
+    return cv2.imencode(".png", np.ascontiguousarray(large[..., ::-1]))[1].tobytes()
+
+
+def row_shares(confusion: Integer[np.ndarray, "K J"]) -> Float[np.ndarray, "K J"]:
+    """Divide each row by its sum; a class without pixels is all NaN."""
+    total = confusion.sum(axis=1, keepdims=True).astype(np.float64)
+    return confusion / np.where(total > 0, total, np.nan)
+
+
+def _kind(key: str) -> str:
+    name = key.rsplit("/", 1)[-1]
+    if name in SCORES:
+        return "Scores"
+    if "loss" in name:
+        return "Loss"
+    if name == "lr" or name.startswith(("lr-", "lr_", "learning_rate")):
+        return "Learning rate"
+    return name
+
+
+def _chart(title: str, curves: Mapping[str, Curve]) -> Chart:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 2.7), layout="constrained")
+        axes = figure.add_subplot()
+        for line, curve in enumerate(curves.values()):
+            _draw(axes, curve, f"#0b0b{line % LINES:02x}")
+        axes.grid(visible=True, axis="y")
+        axes.margins(x=0.01)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if title == "Scores":
+            axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    legend = [(f"--line-{line % LINES}", key) for line, key in enumerate(curves)]
+    return Chart(title, _for_page(buffer.getvalue()), legend)
+
+
+def _draw(axes: Axes, curve: Curve, colour: str) -> None:
+    count = len(curve.steps)
+    if count <= POINTS:
+        marker = "o" if count < 30 else None
+        axes.plot(curve.steps, curve.values, color=colour, lw=1.6, marker=marker, ms=3.5)
+        return
+    starts = np.linspace(0, count, POINTS, endpoint=False).astype(int)
+    sizes = np.diff([*starts, count])
+    low, high = (f.reduceat(curve.values, starts) for f in (np.minimum, np.maximum))
+    steps = np.add.reduceat(curve.steps, starts) / sizes
+    axes.fill_between(steps, low, high, color=colour, alpha=0.18, lw=0)
+    axes.plot(steps, np.add.reduceat(curve.values, starts) / sizes, color=colour, lw=1.4)
+
+
+def _for_page(svg: str) -> str:
+    """Only the <svg> element, with the page's colours and font instead of fixed ones."""
+    svg = svg[svg.index("<svg") :]
+    for fixed, variable in PAGE_COLOURS.items():
+        svg = svg.replace(fixed, f"var({variable})")
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
+    return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

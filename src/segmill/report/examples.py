@@ -1,0 +1,21 @@
+"""What the report needs to show one evaluated image."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import UInt8
+
+
+@dataclass(frozen=True)
+class Example:
+    """One evaluated image. `pred` has the label's size; `others` are predictions to compare with.
+
+    A fourth channel of the image is shown as depth. `miou` is that of this image alone.
+    """
+
+    name: str
+    image: UInt8[np.ndarray, "H W C"]
+    label: UInt8[np.ndarray, "H W"]
+    pred: UInt8[np.ndarray, "H W"]
+    miou: float
+    others: dict[str, UInt8[np.ndarray, "H W"]] = field(default_factory=dict)
