@@ -71,7 +71,9 @@ class Report:
             f"{len(self.wrong_shape)} of wrong shape"
         )
         excused = f", {len(self.excused)} excused" if self.excused else ""
-        shapes = [f"{name}: file {theirs}, network {ours}" for name, theirs, ours in self.wrong_shape]
+        shapes = [
+            f"{name}: file {theirs}, network {ours}" for name, theirs, ours in self.wrong_shape
+        ]
         sections = [
             ("missing in the file", self.missing),
             ("unused from the file", self.unused),

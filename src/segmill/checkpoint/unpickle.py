@@ -292,5 +292,3 @@ STEPS: dict[str, Callable[[Unpickler, Any], None]] = {
 def no_storages(identity: tuple[Any, ...]) -> Any:
     """`load_storage` of a plain pickle, which has none."""
     raise CheckpointError(f"refers to a storage outside its pickle ({identity!r:.60}): damaged.")
-
-
