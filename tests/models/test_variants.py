@@ -11,7 +11,7 @@ FOLDER = gate.CONFIGS / "model" / "discriminative"
 RGB = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.endswith("_rgbd"))
 TINY = [
     (f"{family}_tiny{suffix}", channels)
-    for family in ("fcn", "deeplabv3plus")
+    for family in ("fcn", "deeplabv3plus", "segformer")
     for suffix, channels in (("", 3), ("_rgbd", 4))
 ]
 

@@ -1,6 +1,7 @@
 """Blocks that two or more families share; parameter names are MMSegmentation's."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -74,9 +75,7 @@ class FCNHead(nn.Module):
     ) -> None:
         super().__init__()
         sizes = [in_channels] + [channels] * num_convs
-        self.convs = nn.Sequential(
-            *(ConvBNAct(a, b, kernel=3) for a, b in zip(sizes, sizes[1:], strict=False))
-        )
+        self.convs = nn.Sequential(*(ConvBNAct(a, b, kernel=3) for a, b in pairwise(sizes)))
         self.conv_cat = (
             ConvBNAct(in_channels + channels, channels, kernel=3) if concat_input else None
         )

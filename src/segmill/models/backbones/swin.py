@@ -51,11 +51,15 @@ KEYS_FROM_TIMM: tuple[Rule, ...] = (
 
 
 class SwinTransformer(nn.Module):
-    """Four stages at strides 4, 8, 16, 32; each output is normalised."""
+    """Four stages at strides 4, 8, 16, 32; each output is normalised.
+
+    `name` is timm's name of the pretrained weights that fit, for `weights=timm`.
+    """
 
     def __init__(
         self,
         *,
+        name: str,
         in_channels: int,
         embed_dim: int,
         depths: Sequence[int],
@@ -65,6 +69,7 @@ class SwinTransformer(nn.Module):
         drop_path_rate: float,
     ) -> None:
         super().__init__()
+        self.name, self.in_channels = name, in_channels
         self.channels = tuple(embed_dim * 2**level for level in range(len(depths)))
         self.strides = tuple(4 * 2**level for level in range(len(depths)))
         self.patch_embed = PatchEmbed(in_channels, embed_dim)
@@ -152,9 +157,7 @@ class Stage(nn.Module):
 class SwinBlock(nn.Module):
     """Window attention and a two-layer perceptron, both residual."""
 
-    def __init__(
-        self, width: int, *, heads: int, window: int, mlp_ratio: int, rate: float
-    ) -> None:
+    def __init__(self, width: int, *, heads: int, window: int, mlp_ratio: int, rate: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         attention = WindowAttention(width, heads=heads, window=window)

@@ -12,7 +12,7 @@ from typing import Any
 
 import timm
 from jaxtyping import Float
-from timm.layers import Format
+from timm.layers.format import Format
 from torch import Tensor, nn
 
 from segmill.checkpoint.keys import Rename, Rule
@@ -43,6 +43,7 @@ class TimmBackbone(nn.Module):
         options: Mapping[str, Any],
     ) -> None:
         super().__init__()
+        self.name, self.in_channels = name, in_channels
         if not timm.is_model(name):
             close = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
             raise SegmillError(
@@ -51,7 +52,7 @@ class TimmBackbone(nn.Module):
             )
         # Most transformers know no `output_stride`; 32 is every model's natural one.
         dilation = {} if output_stride == 32 else {"output_stride": output_stride}
-        self.trunk = timm.create_model(
+        trunk: Any = timm.create_model(
             name,
             pretrained=False,
             features_only=True,
@@ -60,12 +61,18 @@ class TimmBackbone(nn.Module):
             **dilation,
             **options,
         )
-        self.channels: tuple[int, ...] = tuple(self.trunk.feature_info.channels())
-        self.strides: tuple[int, ...] = tuple(self.trunk.feature_info.reduction())
+        self.trunk = trunk
+        # What `weights=timm` asks for.
+        self.name = name
+        self.in_channels = in_channels
+        self.channels: tuple[int, ...] = tuple(trunk.feature_info.channels())
+        self.strides: tuple[int, ...] = tuple(trunk.feature_info.reduction())
+        # timm's own wrapper of EfficientNets has no `output_fmt`: it is always channels first.
+        self.channels_last = getattr(trunk, "output_fmt", None) == Format.NHWC
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B _D _h _w"]]:
         features = self.trunk(image)
-        if self.trunk.output_fmt == Format.NHWC:
+        if self.channels_last:
             return [feature.permute(0, 3, 1, 2).contiguous() for feature in features]
         return list(features)
 
@@ -74,15 +81,20 @@ class TimmBackbone(nn.Module):
         return {"mmseg": KEYS_FROM_MMSEG, "timm": self._keys_from_timm()}
 
     def _keys_from_timm(self) -> tuple[Rule, ...]:
-        """For features, timm wraps some trunks as `model` and flattens others: `stages_0`."""
-        if list(self.trunk) == ["model"]:
-            return (Rename(r"(.+)", r"backbone.trunk.model.\1"),)
-        flattened = (re.fullmatch(r"(.+)_(\d+)", name) for name in self.trunk)
+        """For features, timm wraps some models as `model.` and flattens others: `stages_0`.
+
+        What the feature maps do not need, the classifier for one, keeps its name: it is left over.
+        """
+        children = [name for name, _ in self.trunk.named_children()]
+        wrapped = children == ["model"]
+        inside = "model." if wrapped else ""
+        first = {key.removeprefix(inside).split(".")[0] for key in self.trunk.state_dict()}
+        flattened = (re.fullmatch(r"(.+)_(\d+)", name) for name in children)
         return (
             *(
                 Rename(rf"{part[1]}\.{part[2]}\.(.+)", rf"backbone.trunk.{part[0]}.\1")
                 for part in flattened
                 if part
             ),
-            Rename(r"(.+)", r"backbone.trunk.\1"),
+            Rename(rf"((?:{'|'.join(sorted(first))})(?:\..+)?)", rf"backbone.trunk.{inside}\1"),
         )
