@@ -14,16 +14,16 @@ def curve(count):
 def test_blanks_in_metrics_csv_are_steps_without_a_value(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("epoch,step,train/loss,val/mIoU\n0,9,1.5,\n0,9,,0.25\n0,19,1.0,\n")
-    curves = read_curves([path])
+    curves = read_curves(path)
     assert set(curves) == {"train/loss", "val/mIoU"}
     assert curves["train/loss"].steps.tolist() == [9, 19]
     assert curves["val/mIoU"].values.tolist() == [0.25]
 
 
 def test_a_resumed_run_continues_its_curve(tmp_path):
-    (tmp_path / "a.csv").write_text("step,train/loss\n0,3\n1,2\n2,9\n")
-    (tmp_path / "b.csv").write_text("step,train/loss\n2,1\n3,0.5\n")
-    curves = read_curves([tmp_path / "a.csv", tmp_path / "b.csv"])
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,train/loss\n0,3\n1,2\n2,9\n2,1\n3,0.5\n")
+    curves = read_curves(path)
     assert curves["train/loss"].values.tolist() == [3, 2, 1, 0.5]
 
 

@@ -43,7 +43,7 @@ def named(*names):
 def example(name, miou, channels=3):
     label = np.zeros((12, 16), np.uint8)
     image = np.full((12, 16, channels), 90, np.uint8)
-    return Example(name, image, label, label, miou)
+    return Example(image, label, label, name, miou)
 
 
 def report(tmp_path, **changes):
@@ -100,7 +100,7 @@ def test_several_results_are_compared(tmp_path):
 def test_depth_and_other_predictions_are_shown(tmp_path):
     label = np.zeros((12, 16), np.uint8)
     image = np.zeros((12, 16, 4), np.uint8)
-    both = Example("room", image, label, label, 0.5, others={"RGB only": label})
+    both = Example(image, label, label, "room", 0.5, others={"RGB only": label})
     page, _ = report(tmp_path, examples=[both])
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
     assert captions == ["image", "depth", "truth", "RGB only", "prediction", "errors"]
@@ -115,7 +115,7 @@ def test_examples_are_split_into_best_and_worst(tmp_path):
 def test_large_images_are_reduced(tmp_path):
     label = np.random.RandomState(0).randint(0, 2, (1000, 2000)).astype(np.uint8)
     image = np.random.RandomState(1).randint(0, 255, (1000, 2000, 3)).astype(np.uint8)
-    page, _ = report(tmp_path, examples=[Example("large", image, label, label, 0.5)])
+    page, _ = report(tmp_path, examples=[Example(image, label, label, "large", 0.5)])
     assert len(page) < 700_000
 
 

@@ -7,7 +7,7 @@ name needs no font on the machine that trains.
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,19 +55,18 @@ class Chart(NamedTuple):
     legend: list[tuple[str, str]]
 
 
-def read_curves(paths: Iterable[Path]) -> dict[str, Curve]:
-    """Read `metrics.csv` files: a `step` column, and blanks where a value was not logged.
+def read_curves(path: Path) -> dict[str, Curve]:
+    """Read a `metrics.csv`: a `step` column, and blanks where a value was not logged.
 
-    Several files are parts of one run; where steps repeat after a resume, the later file counts.
+    Where a step occurs twice (after a resume), the later row counts.
     """
     values: dict[str, dict[float, float]] = {}
-    for path in paths:
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                step = float(row.pop("step"))
-                for key, text in row.items():
-                    if text and key != "epoch":
-                        values.setdefault(key, {})[step] = float(text)
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            step = float(row.pop("step"))
+            for key, text in row.items():
+                if text and key != "epoch":
+                    values.setdefault(key, {})[step] = float(text)
     return {key: Curve(*np.array(sorted(by_step.items())).T) for key, by_step in values.items()}
 
 

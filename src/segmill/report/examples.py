@@ -13,9 +13,9 @@ class Example:
     A fourth channel of the image is shown as depth. `miou` is that of this image alone.
     """
 
-    name: str
     image: UInt8[np.ndarray, "H W C"]
     label: UInt8[np.ndarray, "H W"]
     pred: UInt8[np.ndarray, "H W"]
+    name: str
     miou: float
     others: dict[str, UInt8[np.ndarray, "H W"]] = field(default_factory=dict)

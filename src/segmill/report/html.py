@@ -109,7 +109,7 @@ class _Shot(NamedTuple):
 
 
 def _per_class(classes: Classes, results: Sequence[Result]) -> list[_Row]:
-    columns = [class_scores(classes, result.confusion) for result in results]
+    columns = [class_scores(classes.names, result.confusion) for result in results]
     return [
         _Row(of_class[0].name, of_class[0].share, list(of_class))
         for of_class in zip(*columns, strict=True)

@@ -1,13 +1,13 @@
 """Scores per class, for the terminal and the report. Percent appears only in what is printed."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 from rich.table import Table
 
-from segmill.data.classes import Classes
 from segmill.metrics import scores
 
 HEADLINE = ("mIoU", "mAcc", "aAcc", "FWIoU")
@@ -22,14 +22,14 @@ class ClassScore(NamedTuple):
     share: float
 
 
-def class_scores(classes: Classes, confusion: Int[np.ndarray, "K J"]) -> list[ClassScore]:
+def class_scores(names: Sequence[str], confusion: Int[np.ndarray, "K J"]) -> list[ClassScore]:
     """One row a class, in class order; `confusion` as in metrics.py, (K, K) or (K, K + 1)."""
     found = scores(confusion)
     share = confusion.sum(axis=1) / max(int(confusion.sum()), 1)
     columns = (np.asarray(found["IoU"]), np.asarray(found["Acc"]), share)
     return [
         ClassScore(name, *(float(column[index]) for column in columns))
-        for index, name in enumerate(classes.names)
+        for index, name in enumerate(names)
     ]
 
 
@@ -39,13 +39,13 @@ def headline(confusion: Int[np.ndarray, "K J"]) -> dict[str, float]:
     return {name: float(found[name]) for name in HEADLINE}
 
 
-def score_table(classes: Classes, confusion: Int[np.ndarray, "K J"], *, title: str) -> Table:
+def score_table(names: Sequence[str], confusion: Int[np.ndarray, "K J"], *, title: str) -> Table:
     """The table `rich` prints: class, IoU, Acc and share of the pixels in percent."""
     table = Table(title=title, title_justify="left")
     table.add_column("class")
     for column in ("IoU %", "Acc %", "pixels %"):
         table.add_column(column, justify="right")
-    for row in class_scores(classes, confusion):
+    for row in class_scores(names, confusion):
         table.add_row(row.name, percent(row.IoU), percent(row.Acc), percent(row.share))
     return table
 
