@@ -4,6 +4,7 @@ from typing import Any
 
 import gate
 import pytest
+
 from golden import ModelGolden
 
 # Golden name -> (variant, eps of its LayerNorms).
@@ -13,6 +14,7 @@ VARIANTS: dict[str, tuple[str, float | None]] = {
     "deeplabv3plus": ("deeplabv3plus_r50-d8", None),
     "upernet": ("upernet_r50", None),
     "swin": ("swin-tiny-patch4-window7-in1k-pre_upernet", 1e-5),
+    "segformer": ("segformer_mit-b0", 1e-6),
 }
 
 

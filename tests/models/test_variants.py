@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-FOLDER = gate.CONFIGS / "model" / "discriminative"
+from segmill.paths import CONFIGS
+
+FOLDER = CONFIGS / "model" / "discriminative"
 RGB = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.endswith("_rgbd"))
 TINY = [
     (f"{family}_tiny{suffix}", channels)

@@ -1,0 +1,129 @@
+"""SegFormer: a MiT trunk; every stage projected to one width, upsampled and merged.
+
+Paper:   Xie et al., "SegFormer: Simple and Efficient Design for Semantic Segmentation with
+         Transformers", NeurIPS 2021, https://arxiv.org/abs/2105.15203
+Follows: MMSegmentation 1.2.2 `SegformerHead`, align_corners=False, as `ConvHead`; transformers'
+         `SegformerDecodeHead`, whose projections have neither norm nor ReLU, as `LinearHead`.
+Weights: MMSegmentation's segformer_mit-b* load by name into a network with `ConvHead`,
+         transformers' by KEYS_FROM_HF into one with `LinearHead`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch.nn.functional as F
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+
+from segmill.checkpoint.keys import Rename, Rule
+from segmill.models.backbones.mit import KEYS_FROM_HF as ENCODER_KEYS_FROM_HF
+from segmill.models.backbones.mit import as_kernel
+from segmill.models.layers import Backbone, ConvBNAct, classifier, resize
+from segmill.ops.upsample_cross_entropy import upsample_cross_entropy
+
+
+def _finest_first(array: np.ndarray) -> np.ndarray:
+    """Reorder the inputs of the fusion: transformers concatenates the coarsest stage first."""
+    return np.ascontiguousarray(np.concatenate(np.split(array, 4, axis=1)[::-1], axis=1))
+
+
+KEYS_FROM_HF: tuple[Rule, ...] = (
+    Rename(
+        r"decode_head\.linear_(?:c|projections)\.(\d)\.proj\.(.+)",
+        r"decode_head.convs.\1.\2",
+        as_kernel,
+    ),
+    Rename(
+        r"decode_head\.linear_fuse\.weight", "decode_head.fusion_conv.conv.weight", _finest_first
+    ),
+    Rename(r"decode_head\.batch_norm\.(.+)", r"decode_head.fusion_conv.bn.\1"),
+    Rename(r"decode_head\.classifier\.(.+)", r"decode_head.conv_seg.\1"),
+    *ENCODER_KEYS_FROM_HF,
+)
+
+
+class SegFormer(nn.Module):
+    """Backbone and one of the two heads below; logits at stride 4."""
+
+    def __init__(self, *, backbone: Backbone, decode_head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.decode_head = decode_head
+
+    def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K h w"]:
+        return self.decode_head(self.backbone(image))
+
+    def losses(
+        self, image: Float[Tensor, "B C H W"], label: Integer[Tensor, "B H W"]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Cross-entropy at the label's size."""
+        return {"decode.loss_ce": upsample_cross_entropy(self(image), label)}
+
+    def key_rules(self) -> dict[str, tuple[Rule, ...]]:
+        """The backbone's, and for transformers' files the head's too."""
+        return {**self.backbone.key_rules(), "hf": KEYS_FROM_HF}
+
+
+class ConvHead(nn.Module):
+    """MMSegmentation's head: each stage is projected by convolution, BatchNorm and ReLU.
+
+    The fusion is linear up to its norm, so it is applied to each stage before upsampling: the same
+    sum with a fraction of the multiplications, and nothing is concatenated.
+    """
+
+    def __init__(
+        self, *, in_channels: Sequence[int], channels: int, dropout: float, num_classes: int
+    ) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(ConvBNAct(size, channels, kernel=1) for size in in_channels)
+        self.fusion_conv = ConvBNAct(len(in_channels) * channels, channels, kernel=1)
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = classifier(channels, num_classes)
+
+    def forward(self, features: Sequence[Float[Tensor, "B _D _h _w"]]) -> Float[Tensor, "B K h w"]:
+        slices = self.fusion_conv.conv.weight.chunk(len(features), dim=1)
+        stages = zip(features, self.convs, slices, strict=True)
+        fused = _sum_at_finest([F.conv2d(conv(x), weight) for x, conv, weight in stages])
+        hidden = self.fusion_conv.activate(self.fusion_conv.bn(fused))
+        return self.conv_seg(self.dropout(hidden))
+
+
+class LinearHead(nn.Module):
+    """transformers' head: each stage is projected by a linear map alone.
+
+    Projection and fusion are then one linear map; it is folded from the two at every call, in
+    training too, and applied before upsampling.
+    """
+
+    def __init__(
+        self, *, in_channels: Sequence[int], channels: int, dropout: float, num_classes: int
+    ) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(size, channels, 1) for size in in_channels)
+        self.fusion_conv = ConvBNAct(len(in_channels) * channels, channels, kernel=1)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_seg = classifier(channels, num_classes)
+
+    def forward(self, features: Sequence[Float[Tensor, "B _D _h _w"]]) -> Float[Tensor, "B K h w"]:
+        slices = self.fusion_conv.conv.weight.flatten(1).chunk(len(features), dim=1)
+        stages = zip(features, self.convs, slices, strict=True)
+        fused = _sum_at_finest([_folded(x, conv, weight) for x, conv, weight in stages])
+        hidden = self.fusion_conv.activate(self.fusion_conv.bn(fused))
+        return self.conv_seg(self.dropout(hidden))
+
+
+def _folded(
+    feature: Float[Tensor, "B C h w"], projection: nn.Module, fusion: Float[Tensor, "D D"]
+) -> Float[Tensor, "B D h w"]:
+    """`fusion` of `projection` of the feature, as one convolution."""
+    assert isinstance(projection, nn.Conv2d)
+    assert projection.bias is not None
+    weight = fusion @ projection.weight.flatten(1)
+    return F.conv2d(feature, weight[:, :, None, None], fusion @ projection.bias)
+
+
+def _sum_at_finest(maps: Sequence[Float[Tensor, "B D _h _w"]]) -> Float[Tensor, "B D h w"]:
+    finest, *coarser = maps
+    for coarse in coarser:
+        finest = finest + resize(coarse, finest.shape[-2:])
+    return finest
