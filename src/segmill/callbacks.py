@@ -24,6 +24,40 @@ class Progress(TQDMProgressBar):
         return {name.removeprefix("train/"): v for name, v in values.items() if name != "v_num"}
 
 
+class ProgressLines(Callback):
+    """The same as text, about forty times a run, for a log file or a pipe."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._first_step = 0
+
+    def on_train_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,  # noqa: ARG002
+    ) -> None:
+        """Time counts from here; a resumed run starts at its own step."""
+        self._started, self._first_step = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,  # noqa: ARG002
+        *_: Any,
+    ) -> None:
+        """A line every fortieth of the run."""
+        step, last = trainer.global_step, int(trainer.max_steps)
+        if not trainer.is_global_zero or step % max(last // 40, 1):
+            return
+        pace = (time.perf_counter() - self._started) / max(step - self._first_step, 1)
+        shown = {
+            name.removeprefix("train/"): float(value)
+            for name, value in trainer.progress_bar_metrics.items()
+        }
+        values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        log.info("step %d/%d  %s  %.0f s left", step, last, values, pace * (last - step))
+
+
 class DataTime(Callback):
     """Log `train/data_time`: seconds per step that training waited for the loader."""
 

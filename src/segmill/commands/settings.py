@@ -65,6 +65,7 @@ class PredictKeys:
     weights: str | None
     num_classes: int | None
     path: str | tuple[str, ...]
+    depth: str | None
     output_dir: str | None
     alpha: float
     accelerator: Literal["auto", "cpu", "gpu"]
@@ -78,10 +79,21 @@ class DataCheckKeys:
     every: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoKeys:
+    """Root of configs/demo.yaml."""
+
+    output_dir: str
+    name: str
+    steps: int
+    seed: int
+
+
 # Command -> its keys; a root file without an entry (load) is for Python callers only.
 KEYS: dict[str, type] = {
     "train": TrainKeys,
     "eval": EvalKeys,
     "predict": PredictKeys,
     "data_check": DataCheckKeys,
+    "demo": DemoKeys,
 }

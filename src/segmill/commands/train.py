@@ -71,7 +71,11 @@ def fit(parts: Parts, config: DictConfig, folder: Path, resume: Path | None) -> 
     """Fit, then put the best checkpoint's weights into the model and into model.safetensors."""
     logging_settings: LoggingSettings = build(config.logging)
     trainer = build_trainer(
-        parts.settings, logging_settings, folder, extra_callbacks=[SaveOnInterrupt(folder)]
+        parts.settings,
+        logging_settings,
+        folder,
+        clip=parts.module.optimizer_settings.clip,
+        extra_callbacks=[SaveOnInterrupt(folder)],
     )
     trainer.fit(
         parts.module,

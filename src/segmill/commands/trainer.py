@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from typing import Any, Literal
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from segmill.callbacks import DataTime, Progress
+from segmill.callbacks import DataTime, Progress, ProgressLines
 from segmill.commands.accounts import has_wandb_key
 
 
@@ -29,7 +31,6 @@ class TrainerSettings:
     max_steps: int
     val_every: int
     accumulate: int
-    clip: float | None
     ema: float | None
     sync_batchnorm: bool | Literal["auto"]
     compile: bool
@@ -82,8 +83,9 @@ class Layout(Callback):
         if self.channels_last:
             pl_module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if self.compiled:
+            # Training enters a network by its losses, so it is the trunk that both ways share.
             network: Any = pl_module.model.network  # pyright: ignore[reportAttributeAccessIssue]
-            network.compile()
+            network.backbone.compile()
 
 
 def build_trainer(
@@ -91,6 +93,7 @@ def build_trainer(
     logging_settings: LoggingSettings,
     folder: Path,
     *,
+    clip: float | None,
     extra_callbacks: Sequence[Callback],
 ) -> lightning.Trainer:
     """Lightning's Trainer that writes metrics.csv, best.ckpt (by val/mIoU) and last.ckpt."""
@@ -109,12 +112,12 @@ def build_trainer(
         val_check_interval=settings.val_every * settings.accumulate,
         check_val_every_n_epoch=None,
         accumulate_grad_batches=settings.accumulate,
-        gradient_clip_val=settings.clip,
+        gradient_clip_val=clip,
         sync_batchnorm=processes > 1 if sync == "auto" else sync,
         deterministic=settings.deterministic,
         benchmark=settings.benchmark and not settings.deterministic,
         log_every_n_steps=settings.log_every,
-        enable_progress_bar=settings.progress,
+        enable_progress_bar=_has_bar(settings),
         enable_model_summary=False,
         fast_dev_run=settings.fast_dev_run,
         num_sanity_val_steps=0,
@@ -151,10 +154,17 @@ def _callbacks(settings: TrainerSettings, folder: Path) -> list[Callback]:
     layout = Layout(channels_last=settings.channels_last, compiled=settings.compile)
     callbacks: list[Callback] = [layout, DataTime(), best]
     if settings.progress:
-        callbacks.append(Progress())
+        callbacks.append(Progress() if _has_bar(settings) else ProgressLines())
     if settings.ema is not None:
-        callbacks.append(EMAWeightAveraging(decay=settings.ema))
+        # One kernel for all parameters; Lightning's EMAWeightAveraging takes one for each.
+        average = get_ema_multi_avg_fn(settings.ema)
+        callbacks.append(WeightAveraging(use_buffers=True, multi_avg_fn=average))
     return callbacks
+
+
+def _has_bar(settings: TrainerSettings) -> bool:
+    """A bar is for a terminal; a log file gets a line now and then."""
+    return settings.progress and sys.stdout.isatty()
 
 
 def _loggers(settings: LoggingSettings, folder: Path) -> list[Logger]:
