@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -18,7 +20,7 @@ from segmill.data.folder import FolderDataset
 from segmill.errors import SegmillError
 
 # The keys of a data YAML that FolderDataset takes as they are.
-_FILES = "data_root image label splits label_map label_format".split()
+_FILES = ["data_root", "image", "label", "splits", "label_map", "label_format"]
 _SIZES_SHOWN, _PROBLEMS_SHOWN = 4, 200
 
 
@@ -39,11 +41,12 @@ def run_check(config: DictConfig, context: Invocation) -> None:
             f"data.num_classes={keys['num_classes']}, but data.classes={keys['classes']} has "
             f"{len(classes)} classes. Set data.num_classes={len(classes)}, or correct the file."
         )
-    console.print(_class_table(classes, reports, title=f"{keys['name']}: pixels per class"))
+    if reports:
+        console.print(_class_table(classes, reports, title=f"{keys['name']}: pixels per class"))
     for split, report in reports.items():
         console.print(f"{split}: {described(report)}", highlight=False)
     for problem in problems[:_PROBLEMS_SHOWN]:
-        console.print(f"[red]problem[/red] {problem}", highlight=False, soft_wrap=True)
+        console.print(f"[red]problem[/red] {escape(problem)}", highlight=False, soft_wrap=True)
     if problems:
         hidden = len(problems) - _PROBLEMS_SHOWN
         more = f" ({hidden} of them not printed)" if hidden > 0 else ""
@@ -106,24 +109,25 @@ def _dataset(keys: Mapping[str, Any], classes: Classes, split: str) -> FolderDat
 
 
 def _class_table(classes: Classes, reports: Mapping[str, DataReport], *, title: str) -> Table:
-    table = Table(title=title)
-    table.add_column("", justify="right")
+    table = Table(title=title, box=SIMPLE)
+    table.add_column("", justify="right", no_wrap=True)
     table.add_column("class")
     for split in reports:
-        table.add_column(split, justify="right")
-        table.add_column("share", justify="right")
+        table.add_column(split, justify="right", no_wrap=True)
+        table.add_column("share", justify="right", no_wrap=True)
     for index, (name, colour) in enumerate(zip(classes.names, classes.palette, strict=True)):
         red, green, blue = colour.tolist()
-        cells = [_cells(int(report.pixels[index]), report) for report in reports.values()]
+        pixels = [int(report.pixels[index]) for report in reports.values()]
         mark = f"[rgb({red},{green},{blue})]■[/]"
-        table.add_row(str(index), f"{mark} {name}", *(cell for pair in cells for cell in pair))
+        table.add_row(str(index), f"{mark} {name}", *_cells(pixels, reports))
     table.add_section()
-    cells = [_cells(report.ignored, report) for report in reports.values()]
-    table.add_row("255", "ignored", *(cell for pair in cells for cell in pair))
+    ignored = [report.ignored for report in reports.values()]
+    table.add_row("255", "ignored", *_cells(ignored, reports))
     return table
 
 
-def _cells(pixels: int, report: DataReport) -> tuple[str, str]:
-    total = int(report.pixels.sum()) + report.ignored
-    share = f"{pixels / total:.2%}" if total else "-"
-    return (f"{pixels:,}", share) if pixels else ("[yellow]0", share)
+def _cells(pixels: Sequence[int], reports: Mapping[str, DataReport]) -> Iterator[str]:
+    for count, report in zip(pixels, reports.values(), strict=True):
+        total = int(report.pixels.sum()) + report.ignored
+        yield f"{count:,}" if count else "[yellow]0"
+        yield f"{count / total:.2%}" if total else "-"

@@ -4,7 +4,6 @@ import os
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from segmill.errors import SegmillError
 
@@ -13,24 +12,7 @@ class DataError(SegmillError):
     """A data set that cannot be used as it is: names the file, the value found and the remedy."""
 
 
-@runtime_checkable
-class Files(Protocol):
-    """Files under one root, addressed by relative paths with forward slashes."""
-
-    def read(self, path: str) -> bytes:
-        """The whole file. Raises FileNotFoundError."""
-        ...
-
-    def matching(self, prefix: str, suffix: str) -> list[str]:
-        """What stands between `prefix` and `suffix` in such paths, sorted; may hold slashes."""
-        ...
-
-    def where(self, path: str) -> str:
-        """The path as the user would write it."""
-        ...
-
-
-def open_files(data_root: str | Path) -> Files:
+def open_files(data_root: str | Path) -> "Folder | Archive":
     """Open a folder, an archive `x.zip`, or a folder inside of it, `x.zip/inner`."""
     root = Path(data_root)
     if root.is_dir():
@@ -45,17 +27,17 @@ def open_files(data_root: str | Path) -> Files:
 
 
 class Folder:
-    """A directory; links are followed."""
+    """A directory; links are followed. Paths are relative to it, with forward slashes."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def read(self, path: str) -> bytes:
-        """The whole file."""
+        """The whole file; raises FileNotFoundError."""
         return (self._root / path).read_bytes()
 
     def matching(self, prefix: str, suffix: str) -> list[str]:
-        """Names between `prefix` and `suffix`, in all folders below the last slash of `prefix`."""
+        """What stands between `prefix` and `suffix` in such paths, sorted; may hold slashes."""
         found = []
         for folder, _, files in os.walk(self._root / prefix.rpartition("/")[0], followlinks=True):
             inner = Path(folder).relative_to(self._root).as_posix()
@@ -88,7 +70,7 @@ class Archive:
             ) from error
 
     def matching(self, prefix: str, suffix: str) -> list[str]:
-        """Names between `prefix` and `suffix`, from the archive's table of contents."""
+        """The same from the archive's table of contents."""
         return _between(self._open().namelist(), self._inner + prefix, suffix)
 
     def where(self, path: str) -> str:

@@ -7,25 +7,34 @@ processes changes a sample, and a run continues anywhere.
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int
 
+from segmill.data.folder import FolderDataset
 from segmill.data.sample import Sample
 from segmill.data.transforms import TrainSample, TrainTransform
 
 
-class Samples(Protocol):
-    """A sequence of decoded samples."""
+class InMemory:
+    """All samples decoded once, before workers are forked, which then share the arrays."""
+
+    def __init__(self, samples: FolderDataset, *, threads: int) -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            self._samples: Sequence[Sample] = list(
+                pool.map(samples.__getitem__, range(len(samples)))
+            )
 
     def __len__(self) -> int:
         """Number of samples."""
-        ...
+        return len(self._samples)
 
     def __getitem__(self, index: int) -> Sample:
-        """One sample."""
-        ...
+        """One decoded sample; its arrays are shared, so nobody writes into them."""
+        return self._samples[index]
+
+
+Samples = FolderDataset | InMemory
 
 
 class TrainStream:
@@ -87,24 +96,6 @@ class Shard:
     def _indices(self) -> range:
         rank, world = self._place()
         return range(rank, self._length, world)
-
-
-class InMemory:
-    """All samples decoded once, before workers are forked, which then share the arrays."""
-
-    def __init__(self, samples: Samples, *, threads: int) -> None:
-        with ThreadPoolExecutor(threads) as pool:
-            self._samples: Sequence[Sample] = list(
-                pool.map(samples.__getitem__, range(len(samples)))
-            )
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        """One decoded sample; its arrays are shared, so nobody writes into them."""
-        return self._samples[index]
 
 
 def shuffled(position: int, length: int, seed: int) -> int:

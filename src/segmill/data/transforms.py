@@ -141,10 +141,8 @@ def resize_keep_ratio(image: Image, scale: Sequence[int]) -> Image:
 
 def resize_to_multiple(image: Image, divisor: int) -> Image:
     """ResizeToMultiple: round both edges up."""
-    height, width = image.shape[:2]
-    return resize(
-        image, (math.ceil(height / divisor) * divisor, math.ceil(width / divisor) * divisor)
-    )
+    height, width = (-(-edge // divisor) * divisor for edge in image.shape[:2])
+    return resize(image, (height, width))
 
 
 def resize_shortest_edge(image: Image, size: int, max_size: int) -> Image:
@@ -184,7 +182,7 @@ def is_varied(label: UInt8[np.ndarray, "h w"], cat_max_ratio: float) -> bool:
     if cat_max_ratio >= 1:
         return True
     # float32 counts are exact up to 2^24 pixels.
-    counts = cv2.calcHist([label], [0], None, [256], [0, 256])[:IGNORE, 0]
+    counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel()[:IGNORE]
     several = cv2.countNonZero(counts) > 1
     return several and float(counts.max()) / float(counts.sum()) < cat_max_ratio
 
@@ -216,19 +214,19 @@ def apply_jitter(
     image: UInt8[np.ndarray, "H W 3"], jitter: Float32[np.ndarray, " J"]
 ) -> UInt8[np.ndarray, "H W 3"]:
     """PhotoMetricDistortion on an RGB image: the reference of `segmill.photometric`."""
-    brightness, contrast_first, contrast, saturation, hue = jitter
-    image = _linear(image, 1, brightness)
+    brightness, contrast_first, contrast, saturation, hue = jitter.tolist()
+    image = _linear(image, 1.0, brightness)
     if contrast_first:
-        image = _linear(image, contrast, 0)
+        image = _linear(image, contrast, 0.0)
     if saturation != 1:
         hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-        hsv[..., 1] = _linear(hsv[..., 1], saturation, 0)
+        hsv[..., 1] = _linear(hsv[..., 1], saturation, 0.0)
         image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
     if hue != 0:
         hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
         hsv[..., 0] = (hsv[..., 0].astype(int) + int(hue)) % FULL_TURN
         image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-    return image if contrast_first else _linear(image, contrast, 0)
+    return image if contrast_first else _linear(image, contrast, 0.0)
 
 
 def nearest_index(length: int, resized: int) -> Int[np.ndarray, " N"]:
