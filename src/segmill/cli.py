@@ -75,9 +75,7 @@ def _call_plain(line: Line, verb: Verb) -> None:
             key, value = next(iter(verb.arguments)), word
         if key not in verb.arguments:
             hint = suggestion(key, verb.arguments)
-            raise SegmillError(
-                f"{word}: segmill {line.verb} has no {key}{hint}. {_see_help(line.verb)}"
-            )
+            raise SegmillError(f"{word}: no such argument{hint or '.'} {_see_help(line.verb)}")
         keywords[key] = verb.arguments[key](value)
     for key in verb.required:
         if key not in keywords:
@@ -127,8 +125,8 @@ def _taken_apart(argv: tuple[str, ...]) -> Line:
     flags = frozenset(word for word in argv if word.startswith("-"))
     words = [word for word in argv if not word.startswith("-")]
     for flag in sorted(flags - set(FLAGS)):
-        known = ", ".join(FLAGS)
-        raise SegmillError(f"There is no flag {flag}{suggestion(flag, FLAGS)} Flags: {known}.")
+        hint = suggestion(flag, FLAGS) or "."
+        raise SegmillError(f"There is no flag {flag}{hint} Flags: {', '.join(FLAGS)}.")
     for count in (2, 1):
         name = " ".join(words[:count])
         if name in VERBS:
@@ -143,7 +141,7 @@ def _unknown_verb(words: Sequence[str]) -> str:
     family = [name for name in VERBS if name.startswith(f"{words[0]} ")]
     if family:
         return f"Write {' or '.join(f'segmill {name}' for name in family)}."
-    hint = suggestion(" ".join(words[:2]), VERBS) or suggestion(words[0], VERBS)
+    hint = suggestion(" ".join(words[:2]), VERBS) or suggestion(words[0], VERBS) or "."
     return f"There is no command {words[0]!r}{hint} All commands: {', '.join(VERBS)}."
 
 

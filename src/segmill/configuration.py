@@ -143,7 +143,7 @@ def _split(
 
 def _groups_of(command: str) -> list[str]:
     root = OmegaConf.load(CONFIGS / f"{command}.yaml")
-    return [str(key) for each in root.defaults if each != "_self_" for key in each]
+    return [str(key) for each in root.get("defaults", []) if each != "_self_" for key in each]
 
 
 def _option(group: str, name: str) -> str | None:
@@ -185,17 +185,19 @@ def _reported(start: str, problems: Sequence[str]) -> bool:
 def _no_key(key: str, known: Sequence[str]) -> str:
     """Siblings first, then the same last word elsewhere, then anything that looks alike."""
     parent, _, last = key.rpartition(".")
+    known = [each for each in known if not each.endswith("_")]
     while parent and parent not in known:
         parent = parent.rpartition(".")[0]
-    siblings = [each for each in known if each.rpartition(".")[0] == parent]
+    prefix = f"{parent}." if parent else ""
+    siblings = [each.removeprefix(prefix) for each in known if each.rpartition(".")[0] == parent]
     same_word = [each for each in known if each.rpartition(".")[2] == last]
     hint = (
-        suggestion(key, siblings)
+        suggestion(last, siblings, prefix=prefix)
         or (f"; did you mean {' or '.join(same_word[:3])}?" if same_word else "")
-        or suggestion(key, [*known, *groups()])
+        or ("" if parent else suggestion(key, [*known, *groups()]))
     )
-    here = ", ".join(each.rpartition(".")[2] for each in siblings[:20])
-    listed = "" if hint else f"; keys {f'in {parent}' if parent else 'here'}: {here}"
+    place = f"in {parent}" if parent else "here"
+    listed = "" if hint else f"; keys {place}: {', '.join(siblings[:20])}"
     return f"{key}: there is no such key{hint}{listed}"
 
 
@@ -238,6 +240,7 @@ def _one_line(error: Exception) -> str:
 def _paragraph(problems: Sequence[str]) -> str:
     unique = list(dict.fromkeys(problems))
     if len(unique) == 1:
-        return f"{unique[0]}. Nothing was started."
+        end = "" if unique[0].endswith("?") else "."
+        return f"{unique[0]}{end} Nothing was started."
     lines = "\n".join(f"  - {each}" for each in unique)
     return f"{len(unique)} problems, nothing was started:\n{lines}"

@@ -21,7 +21,7 @@ HYDRA_KEYS = frozenset({"_target_", "_partial_", "_args_", "_convert_", "_recurs
 
 def keys_of(config: DictConfig) -> list[str]:
     """Every key as it is typed: `data`, `data.crop`, ..."""
-    return [key for key in _keys(config, "") if not key.endswith("_target_")]
+    return list(_keys(config, ""))
 
 
 def problems_in(config: DictConfig, root: type | None) -> list[str]:
@@ -92,8 +92,12 @@ def _check_target(node: Mapping[Any, Any], path: str, *, complete: bool) -> list
     try:
         target = located(str(node["_target_"]))
     except ImportError as error:
-        return [f"{path}._target_: cannot be imported: {error}"]
+        return [f"{path}._target_: cannot be imported: {_first_line(error)}"]
     return _check_call(node, path, target, complete=complete and not node.get("_partial_"))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _check_call(node: Mapping[Any, Any], path: str, target: Any, *, complete: bool) -> list[str]:

@@ -45,7 +45,7 @@ def options(group: str) -> dict[str, str]:
     return found
 
 
-def suggestion(word: str, candidates: Iterable[str]) -> str:
+def suggestion(word: str, candidates: Iterable[str], *, prefix: str = "") -> str:
     """`; did you mean a or b?`, or nothing when no candidate is near."""
     near = difflib.get_close_matches(word, sorted(set(candidates)), n=2, cutoff=0.6)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"; did you mean {' or '.join(f'{prefix}{each}' for each in near)}?" if near else ""

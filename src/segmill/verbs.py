@@ -97,8 +97,8 @@ VERBS: dict[str, Verb] = {
         config="demo",
         summary="everything once on generated rooms, without a network; some minutes on two cores",
         usage="segmill demo [key=value ...]",
-        keys=(("output_dir=DIR", "default runs/demo"),),
-        examples=("segmill demo", "segmill demo output_dir=/tmp/demo"),
+        keys=(("output_dir=DIR", "default runs"), ("steps=N", "training steps of each model")),
+        examples=("segmill demo", "segmill demo steps=200 name=quick"),
     ),
     "doctor": Verb(
         module="segmill.commands.doctor",

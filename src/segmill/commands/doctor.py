@@ -179,9 +179,9 @@ def data_sets() -> Finding:
     present, absent = [], []
     for folder in config_folders():
         for file in sorted((folder / "data").glob("*.yaml")):
-            node = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-            root = node.get("data_root") if isinstance(node, dict) else None
-            here = isinstance(root, str) and root != "???" and Path(root).exists()
+            node = OmegaConf.load(file)
+            given = not OmegaConf.is_missing(node, "data_root")
+            here = given and Path(node.data_root).exists()
             (present if here else absent).append(file.stem)
     found = f"found: {', '.join(present) or 'none'}; not here: {', '.join(absent) or 'none'}"
     remedy = "" if present else "say where: data.data_root=DIR; data=scenes makes its own"

@@ -1,0 +1,182 @@
+"""The command line as a person meets it: help, refusals, exit statuses, sweeps."""
+
+import logging
+import sys
+import types
+
+import pytest
+
+from segmill import cli, sweep, verbs
+from segmill.errors import SegmillError
+from segmill.verbs import VERBS, Verb
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A command module that the table points at; returns the list of its calls."""
+    calls = []
+    module = types.SimpleNamespace(
+        run=lambda config, context: calls.append((config, context)),
+        plain=lambda **keywords: calls.append(keywords),
+    )
+
+    def fail(config, context):
+        raise RuntimeError("the disk is full")
+
+    def stop(config, context):
+        raise KeyboardInterrupt
+
+    module.fail, module.stop = fail, stop
+    monkeypatch.setitem(sys.modules, "fake_command", module)
+    for name, function in (("work", "run"), ("break", "fail"), ("stop", "stop")):
+        row = Verb(
+            module="fake_command",
+            function=function,
+            summary="",
+            usage="",
+            config="predict",
+            positional="path",
+            dry_run=True,
+        )
+        monkeypatch.setitem(VERBS, name, row)
+    plain = Verb(
+        module="fake_command",
+        function="plain",
+        summary="",
+        usage="segmill look at FILE",
+        arguments={"file": str, "model": str},
+        required=("file",),
+    )
+    monkeypatch.setitem(VERBS, "look at", plain)
+    return calls
+
+
+@pytest.fixture(autouse=True)
+def _quiet_logger():
+    yield
+    logging.getLogger("segmill").handlers.clear()
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_command_has_help_with_examples(verb, capsys):
+    assert cli.main([*verb.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert VERBS[verb].summary in text
+    assert VERBS[verb].examples[0] in text
+
+
+def test_help_lists_every_command(capsys):
+    assert cli.main([]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in VERBS)
+
+
+def test_train_help_lists_the_options_of_its_groups(capsys):
+    cli.main(["train", "-h"])
+    text = capsys.readouterr().out
+    assert "fcn_r50-d8" in text
+    assert "ms_flip" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("trian", "did you mean train?"),
+        ("train --dryrun", "did you mean --dry-run?"),
+        ("weights inspct file", "segmill weights inspect"),
+        ("eval --dry-run", "no --dry-run"),
+        ("train pspnet", "is not key=value"),
+        ("doctor now", "no such argument"),
+    ],
+)
+def test_a_wrong_line_ends_with_status_2_and_one_paragraph(line, answer, capsys):
+    assert cli.main(line.split()) == 2
+    printed = capsys.readouterr()
+    assert answer in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+def test_a_command_gets_its_configuration_and_what_was_typed(fake):
+    assert cli.main(["work", "run=runs/x", "my photo (1).jpg", "--dry-run"]) == 0
+    config, context = fake[0]
+    assert config.path == "my photo (1).jpg"
+    assert context.dry_run
+    assert context.argv == ("work", "run=runs/x", "my photo (1).jpg", "--dry-run")
+    assert context.command == "segmill work run=runs/x 'my photo (1).jpg' --dry-run"
+
+
+def test_several_words_become_a_list(fake):
+    assert cli.main(["work", "run=runs/x", "a.jpg", "it's b.jpg"]) == 0
+    assert list(fake[0][0].path) == ["a.jpg", "it's b.jpg"]
+
+
+def test_a_plain_command_takes_its_first_argument_without_a_name(fake):
+    assert cli.main(["look", "at", "x.pth", "model=fcn"]) == 0
+    assert fake == [{"file": "x.pth", "model": "fcn"}]
+
+
+def test_a_plain_command_names_its_missing_argument(fake, capsys):
+    assert cli.main(["look", "at"]) == 2
+    assert "needs file" in capsys.readouterr().err
+
+
+def test_an_unexpected_error_is_one_paragraph_and_status_1(fake, capsys):
+    assert cli.main(["break", "run=x", "a.jpg"]) == 1
+    text = capsys.readouterr().err
+    assert "RuntimeError: the disk is full" in text
+    assert "--trace" in text
+    assert "Traceback" not in text
+
+
+def test_trace_shows_the_stack(fake, capsys):
+    assert cli.main(["break", "run=x", "a.jpg", "--trace"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_with_status_130(fake):
+    assert cli.main(["stop", "run=x", "a.jpg"]) == 130
+
+
+def test_comma_lists_make_the_cartesian_product():
+    jobs = sweep.jobs_of(["model=a,b", "seed=0,1", "data.crop=[8,8]", "name='x,y'"])
+    assert [job[:2] for job in jobs] == [
+        ["model=a", "seed=0"],
+        ["model=a", "seed=1"],
+        ["model=b", "seed=0"],
+        ["model=b", "seed=1"],
+    ]
+    assert jobs[0][2:] == ["data.crop=[8,8]", "name='x,y'"]
+
+
+def test_a_sweep_goes_on_after_a_failure_and_answers_with_the_worst_status(fake, monkeypatch):
+    commands = []
+
+    def run(command, check):
+        commands.append(command)
+        return types.SimpleNamespace(returncode=0 if "alpha=1" in command else 2)
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    assert cli.main(["work", "run=x", "a.jpg", "alpha=0,1", "--dry-run", "-m"]) == 2
+    assert [command[2:] for command in commands] == [
+        ["segmill", "work", "run=x", "alpha=0", "path='a.jpg'", "--dry-run"],
+        ["segmill", "work", "run=x", "alpha=1", "path='a.jpg'", "--dry-run"],
+    ]
+
+
+def test_a_sweep_starts_nothing_when_its_last_run_is_wrong(fake, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "run_jobs", pytest.fail)
+    assert cli.main(["work", "run=x", "a.jpg", "protocol=whole,wole"]) == 2
+    assert "protocol=wole" in capsys.readouterr().err
+
+
+def test_values_that_cannot_be_read_are_all_named():
+    with pytest.raises(SegmillError, match=r"2 problems(.|\n)*crop(.|\n)*scale"):
+        sweep.jobs_of(["data.crop=[1,", "data.scale={2"])
+
+
+def test_every_row_of_the_table_has_its_root_file():
+    from segmill.paths import CONFIGS
+
+    for name, verb in verbs.VERBS.items():
+        assert verb.config is None or (CONFIGS / f"{verb.config}.yaml").is_file(), name
