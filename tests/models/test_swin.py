@@ -4,9 +4,11 @@ import timm
 import torch
 from torch import nn
 
+from segmill.checkpoint import pretrained
 from segmill.checkpoint.keys import apply_rules
-from segmill.checkpoint.load import load_arrays
+from segmill.checkpoint.load import load_arrays, load_weights
 from segmill.models.backbones.swin import SwinTransformer, join_windows, same_region, split_windows
+from segmill.models.families.upernet import UPerNet
 
 SIZES = {"embed_dim": 24, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8]}
 
@@ -84,3 +86,23 @@ def test_the_index_of_old_files_is_dropped():
     network = gate.build("swin-tiny-patch4-window7-in1k-pre_upernet", num_classes=2)
     key = "backbone.stages.0.blocks.0.attn.w_msa.relative_position_index"
     assert apply_rules({key: np.zeros((49, 49))}, network.key_rules()["mmseg"]) == {}
+
+
+def test_weights_timm_fills_the_backbone_but_for_its_output_norms(monkeypatch):
+    peer = timm.create_model("swin_tiny_patch4_window7_224", **SIZES)
+    arrays = {key: value.numpy() for key, value in peer.state_dict().items()}
+    monkeypatch.setattr(pretrained, "timm_weights", lambda module: arrays)
+    network = UPerNet(
+        backbone=swin(),
+        channels=8,
+        grids=[1],
+        auxiliary_channels=8,
+        auxiliary_weight=0.4,
+        dropout=0.1,
+        num_classes=3,
+    )
+    report = load_weights(network, "timm")
+    filled = {key for key, _ in network.backbone.named_parameters(prefix="backbone")}
+    assert filled - set(report.loaded) == {
+        f"backbone.norm{level}.{part}" for level in range(4) for part in ("weight", "bias")
+    }

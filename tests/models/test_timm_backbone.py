@@ -1,9 +1,11 @@
 import gate
+import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
 
+from segmill.checkpoint.keys import apply_rules
 from segmill.checkpoint.load import load_arrays
 from segmill.errors import SegmillError
 from segmill.models.backbones.timm_backbone import TimmBackbone
@@ -54,6 +56,19 @@ def test_channels_last_features_come_out_channels_first():
 def test_depth_is_a_fourth_input_channel():
     trunk = backbone("resnet18", in_channels=4, out_indices=[4])
     assert trunk(torch.rand(2, 4, 32, 32))[0].shape == (2, 512, 1, 1)
+
+
+@pytest.mark.parametrize("depth", [18, 50, 101])
+def test_every_weight_of_mmsegmentations_resnets_has_a_place(depth):
+    with torch.device("meta"):
+        network = gate.build(f"upernet_r{depth}")
+    ours = [key for key in network.state_dict() if key.startswith("backbone.")]
+    theirs = [
+        key.replace("trunk.conv1.", "stem.").replace("trunk.bn1.", "stem.7.").replace("trunk.", "")
+        for key in ours
+    ]
+    arrays = dict.fromkeys(theirs, np.zeros(1))
+    assert list(apply_rules(arrays, network.key_rules()["mmseg"])) == ours
 
 
 @pytest.mark.parametrize(

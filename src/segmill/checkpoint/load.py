@@ -23,6 +23,8 @@ Array = Shaped[np.ndarray, "..."]
 OWN = "segmill"
 RUN_WEIGHTS = "model.safetensors"
 PREFIX_DEPTH = 3
+# Heads, and the norms that dense prediction puts on each output of a Swin Transformer.
+NOT_IN_TIMM = (r"(?!backbone\.).*", r"backbone\.norm\d\..*")
 
 
 @runtime_checkable
@@ -96,7 +98,7 @@ def load_weights(
         from segmill.checkpoint.pretrained import timm_weights
 
         arrays = timm_weights(module)
-        may_miss, may_leave = (*may_miss, r"(?!backbone\.).*"), (*may_leave, r".*")
+        may_miss, may_leave = (*may_miss, *NOT_IN_TIMM), (*may_leave, r".*")
     else:
         arrays = read_checkpoint(find_file(source))
     _origin, rules = choose_rules(module, arrays)
