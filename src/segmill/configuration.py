@@ -143,6 +143,7 @@ def _split(
 
 def _groups_of(command: str) -> list[str]:
     root = OmegaConf.load(CONFIGS / f"{command}.yaml")
+    assert isinstance(root, DictConfig)
     return [str(key) for each in root.get("defaults", []) if each != "_self_" for key in each]
 
 
