@@ -54,7 +54,7 @@ def run(config: DictConfig, context: Invocation) -> None:
     write_provenance(folder, config, context.command)
     settings: TrainerSettings = build(config.trainer)
     logging_settings = LoggingSettings.silent()
-    trainer = build_trainer(settings, logging_settings, folder, clip=None, extra_callbacks=[])
+    trainer = build_trainer(settings, logging_settings, folder, extra_callbacks=[])
     scored = score(trainer, segmenter, data, split=split)
     if trainer.is_global_zero:
         report(scored, folder)

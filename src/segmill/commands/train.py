@@ -71,11 +71,7 @@ def fit(parts: Parts, config: DictConfig, folder: Path, resume: Path | None) -> 
     """Fit, then put the best checkpoint's weights into the model and into model.safetensors."""
     logging_settings: LoggingSettings = build(config.logging)
     trainer = build_trainer(
-        parts.settings,
-        logging_settings,
-        folder,
-        clip=parts.module.optimizer_settings.clip,
-        extra_callbacks=[SaveOnInterrupt(folder)],
+        parts.settings, logging_settings, folder, extra_callbacks=[SaveOnInterrupt(folder)]
     )
     trainer.fit(
         parts.module,
@@ -140,6 +136,7 @@ def _keep_best(parts: Parts, folder: Path) -> None:
     best = folder / "best.ckpt"
     state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
     parts.module.load_state_dict(state)
+    parts.segmenter.model.eval()
     if parts.module.global_rank == 0:
         save_segmenter(folder / "model.safetensors", parts.segmenter)
 

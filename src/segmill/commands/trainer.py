@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -31,6 +32,7 @@ class TrainerSettings:
     max_steps: int
     val_every: int
     accumulate: int
+    clip: float | None
     ema: float | None
     sync_batchnorm: bool | Literal["auto"]
     compile: bool
@@ -93,12 +95,10 @@ def build_trainer(
     logging_settings: LoggingSettings,
     folder: Path,
     *,
-    clip: float | None,
     extra_callbacks: Sequence[Callback],
 ) -> lightning.Trainer:
     """Lightning's Trainer that writes metrics.csv, best.ckpt (by val/mIoU) and last.ckpt."""
-    # The run folder already holds config.yaml and, when a run goes on, its checkpoints.
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    _quiet()
     processes = world_size(settings)
     sync = settings.sync_batchnorm
     return lightning.Trainer(
@@ -112,7 +112,7 @@ def build_trainer(
         val_check_interval=settings.val_every * settings.accumulate,
         check_val_every_n_epoch=None,
         accumulate_grad_batches=settings.accumulate,
-        gradient_clip_val=clip,
+        gradient_clip_val=settings.clip,
         sync_batchnorm=processes > 1 if sync == "auto" else sync,
         deterministic=settings.deterministic,
         benchmark=settings.benchmark and not settings.deterministic,
@@ -126,6 +126,16 @@ def build_trainer(
         callbacks=[*_callbacks(settings, folder), *extra_callbacks],
         default_root_dir=folder,
     )
+
+
+def _quiet() -> None:
+    """Leave out what Lightning says that is no news here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # devices, advertisements
+    # The run folder already holds config.yaml and, when a run goes on, its checkpoints.
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning on torch 2.14
+    # Workers are a key of the data set; many cores are no reason to change it.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
 def world_size(settings: TrainerSettings) -> int:

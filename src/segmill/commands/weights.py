@@ -20,7 +20,7 @@ FOLDER = "model/discriminative"
 
 
 def run_inspect(file: Path, model: str | None = None) -> None:
-    """Print what `file` (also a run folder or a hub id) holds; with `model`, against that variant."""
+    """Print what `file` (or a run folder, or a hub id) holds; with `model`, how it fits that."""
     files = {path.stem: path for path in _variant_files()}
     if model is not None and model not in files:
         raise SegmillError(f"model={model}: no such variant{suggestion(model, files)}.")
