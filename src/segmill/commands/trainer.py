@@ -34,7 +34,7 @@ class TrainerSettings:
     accumulate: int
     clip: float | None
     ema: float | None
-    sync_batchnorm: bool | Literal["auto"]
+    sync_batchnorm: Literal["auto", False]
     compile: bool
     channels_last: bool
     deterministic: bool
@@ -100,7 +100,7 @@ def build_trainer(
     """Lightning's Trainer that writes metrics.csv, best.ckpt (by val/mIoU) and last.ckpt."""
     _quiet()
     processes = world_size(settings)
-    sync = settings.sync_batchnorm
+    gpus = settings.accelerator != "cpu" and torch.cuda.is_available()
     return lightning.Trainer(
         accelerator=settings.accelerator,
         devices=_devices(settings),
@@ -113,7 +113,8 @@ def build_trainer(
         check_val_every_n_epoch=None,
         accumulate_grad_batches=settings.accumulate,
         gradient_clip_val=settings.clip,
-        sync_batchnorm=processes > 1 if sync == "auto" else sync,
+        # torch has SyncBatchNorm for GPUs only: on the CPU every process normalises its own share.
+        sync_batchnorm=processes > 1 and gpus and settings.sync_batchnorm is not False,
         deterministic=settings.deterministic,
         benchmark=settings.benchmark and not settings.deterministic,
         log_every_n_steps=settings.log_every,
@@ -134,6 +135,8 @@ def _quiet() -> None:
     # The run folder already holds config.yaml and, when a run goes on, its checkpoints.
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning on torch 2.14
+    # Scores come from a confusion matrix that is already summed over the ranks.
+    warnings.filterwarnings("ignore", message=".*It is recommended to use `self.log.*")
     # Workers are a key of the data set; many cores are no reason to change it.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
