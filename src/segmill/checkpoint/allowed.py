@@ -5,6 +5,7 @@ weights: they become `Inert`, which keeps name, arguments and state and has no b
 in neither is refused by the unpickler.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from segmill.checkpoint.storage import (
 )
 
 Array = Shaped[np.ndarray, "..."]
+PLAIN_DTYPE = r"[<>=|]?(\?|[biufcSU]\d+)"
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,12 @@ class NumpyDtype:
     order: str = "="
 
     def value(self) -> np.dtype:
-        """Plain numbers only: object, structured and date types have no place in weights."""
-        dtype = np.dtype(self.code).newbyteorder(self.order)
-        if dtype.kind not in "biufcSU":
+        """Numbers and text only: objects, structures and dates have no place in weights."""
+        if not re.fullmatch(PLAIN_DTYPE, self.code):
             raise CheckpointError(f"holds a numpy array of dtype {self.code!r}, not of numbers.")
+        dtype = np.dtype(self.code)
+        if self.order in ("<", ">"):
+            dtype = dtype.newbyteorder("<" if self.order == "<" else ">")
         return dtype
 
 

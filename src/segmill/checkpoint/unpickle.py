@@ -24,11 +24,12 @@ from segmill.checkpoint.allowed import (
 from segmill.checkpoint.storage import CheckpointError, slice_of
 
 OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
-# Steps that push their own argument.
-CONSTANTS = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING SHORT_BINBYTES "
-    "BYTEARRAY8 UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 FLOAT BINFLOAT".split()
-)
+# Steps that push their own argument. The text forms (INT, STRING, ...) are not among them: every
+# checkpoint is written in protocol 2 or later.
+CONSTANTS = frozenset((
+    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINSTRING", "SHORT_BINSTRING",
+    "SHORT_BINBYTES", "BYTEARRAY8", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "BINFLOAT",
+))  # fmt: skip
 LITERALS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
@@ -61,37 +62,40 @@ class Unpickler:
     def load(self) -> Any:
         """The object tree: dictionaries, lists, numbers, text, arrays, `Inert`, `Global`."""
         while True:
-            opcode = OPCODES[self.read(1)[0]]
+            opcode = OPCODES[self.data[self.position]]
+            self.position += 1
             name = opcode.name
             if name == "STOP":
                 return self._stack.pop()
-            if name in BYTES_PREFIX:
-                self._stack.append(self._bytes(BYTES_PREFIX[name]))
-                continue
-            argument = None if opcode.arg is None else opcode.arg.reader(self)  # pyright: ignore[reportArgumentType]
-            if name in CONSTANTS:
-                self._stack.append(argument)
-            elif name in LITERALS:
+            if name in LITERALS:
                 self._stack.append(LITERALS[name]())
+            elif name in BYTES_PREFIX:
+                self._stack.append(self._bytes(BYTES_PREFIX[name]))
+            elif name in CONSTANTS:
+                self._stack.append(self._argument(opcode))
             elif name in STEPS:
-                STEPS[name](self, argument)
+                STEPS[name](self, self._argument(opcode))
             else:
                 raise CheckpointError(f"uses the pickle opcode {name}, which no checkpoint needs.")
 
-    # `pickletools` reads an opcode's argument through these two, as from a file.
+    def _argument(self, opcode: Any) -> Any:
+        # GLOBAL and INST read their two lines themselves: `pickletools` would undo escapes in them.
+        binary = opcode.arg is not None and opcode.name not in ("GLOBAL", "INST")
+        return opcode.arg.reader(self) if binary else None
+
+    # `pickletools` reads an opcode's argument through this, as from a file.
     def read(self, length: int) -> bytes:
         """The next bytes, copied."""
         content = slice_of(self.data, self.position, length)
         self.position += length
         return bytes(content)
 
-    def readline(self) -> bytes:
-        """The next bytes up to a line feed."""
+    def _line(self) -> str:
         line = b""
-        while not line.endswith(b"\n") and self.position < len(self.data):
+        while not line.endswith(b"\n"):
             chunk = bytes(self.data[self.position : self.position + LINE_CHUNK])
-            line += self.read(chunk.find(b"\n") + 1 or len(chunk))
-        return line
+            line += self.read(chunk.find(b"\n") + 1 or max(len(chunk), 1))
+        return line[:-1].decode()
 
     def _bytes(self, prefix: int) -> bytes | memoryview:
         length = int.from_bytes(self.read(prefix), "little")
@@ -191,9 +195,8 @@ class Unpickler:
         check_keys(items)
         target.update(items)
 
-    def _global(self, argument: str) -> None:
-        module, _, name = argument.partition(" ")
-        self._stack.append(allowed(module, name))
+    def _global(self, _argument: None) -> None:
+        self._stack.append(allowed(self._line(), self._line()))
 
     def _stack_global(self, _argument: None) -> None:
         module, name = self._take(2)
@@ -212,10 +215,9 @@ class Unpickler:
         self._call(kind, tuple(arguments))
         self._state_of_top(keywords)
 
-    def _instance(self, argument: str) -> None:
-        arguments = self._since_mark()
-        module, _, name = argument.partition(" ")
-        self._call(allowed(module, name), tuple(arguments))
+    def _instance(self, _argument: None) -> None:
+        kind = allowed(self._line(), self._line())
+        self._call(kind, tuple(self._since_mark()))
 
     def _object(self, _argument: None) -> None:
         kind, *arguments = self._since_mark()
@@ -263,8 +265,8 @@ STEPS: dict[str, Callable[[Unpickler, Any], None]] = {
     "POP": Unpickler._pop,
     "POP_MARK": Unpickler._pop_mark,
     "DUP": Unpickler._duplicate,
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), Unpickler._put),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), Unpickler._get),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT", "MEMOIZE"), Unpickler._put),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), Unpickler._get),
     "TUPLE": Unpickler._tuple,
     "TUPLE1": lambda machine, _: machine._last_to_tuple(1),
     "TUPLE2": lambda machine, _: machine._last_to_tuple(2),
