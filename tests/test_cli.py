@@ -26,9 +26,20 @@ def fake(monkeypatch):
     def stop(config, context):
         raise KeyboardInterrupt
 
-    module.fail, module.stop = fail, stop
+    def shut_down(config, context):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    module.fail, module.stop, module.shut_down = fail, stop, shut_down
     monkeypatch.setitem(sys.modules, "fake_command", module)
-    for name, function in (("work", "run"), ("break", "fail"), ("stop", "stop")):
+    for name, function in (
+        ("work", "run"),
+        ("break", "fail"),
+        ("stop", "stop"),
+        ("down", "shut_down"),
+    ):
         row = Verb(
             module="fake_command",
             function=function,
@@ -134,8 +145,9 @@ def test_trace_shows_the_stack(fake, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_with_status_130(fake):
-    assert cli.main(["stop", "run=x", "a.jpg"]) == 130
+@pytest.mark.parametrize("verb", ["stop", "down"])
+def test_ctrl_c_ends_with_status_130(fake, verb):
+    assert cli.main([verb, "run=x", "a.jpg"]) == 130
 
 
 def test_comma_lists_make_the_cartesian_product():
@@ -152,11 +164,11 @@ def test_comma_lists_make_the_cartesian_product():
 def test_a_sweep_goes_on_after_a_failure_and_answers_with_the_worst_status(fake, monkeypatch):
     commands = []
 
-    def run(command, check):
+    def status(command):
         commands.append(command)
-        return types.SimpleNamespace(returncode=0 if "alpha=1" in command else 2)
+        return 0 if "alpha=1" in command else 2
 
-    monkeypatch.setattr(sweep.subprocess, "run", run)
+    monkeypatch.setattr(sweep, "_status", status)
     assert cli.main(["work", "run=x", "a.jpg", "alpha=0,1", "--dry-run", "-m"]) == 2
     assert [command[2:] for command in commands] == [
         ["segmill", "work", "run=x", "alpha=0", "path='a.jpg'", "--dry-run"],
@@ -168,6 +180,22 @@ def test_a_sweep_starts_nothing_when_its_last_run_is_wrong(fake, monkeypatch, ca
     monkeypatch.setattr(sweep, "run_jobs", pytest.fail)
     assert cli.main(["work", "run=x", "a.jpg", "protocol=whole,wole"]) == 2
     assert "protocol=wole" in capsys.readouterr().err
+
+
+def test_ctrl_c_waits_for_the_run_and_ends_the_sweep(monkeypatch):
+    class Interrupted:
+        returncode, asked = 0, 0
+
+        def poll(self):
+            return None if self.asked < 2 else 0
+
+        def wait(self):
+            self.asked += 1
+            if self.asked == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda command: Interrupted())
+    assert sweep.run_jobs("train", [["seed=0"], ["seed=1"]], flags=[]) == 130
 
 
 def test_values_that_cannot_be_read_are_all_named():

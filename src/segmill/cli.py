@@ -42,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(argv, f"{error}", WRONG_INPUT)
     except KeyboardInterrupt:
         return _report(argv, "Stopped.", INTERRUPTED)
+    except SystemExit as error:
+        # Lightning shuts a run down after Ctrl-C and then exits with 1.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            return INTERRUPTED
+        raise
     except Exception as error:
         text = f"{type(error).__name__}: {error}\nThis is unexpected. Run again with --trace to see"
         return _report(argv, f"{text} where it comes from.", FAILED)

@@ -52,15 +52,27 @@ def run_jobs(verb: str, jobs: Sequence[Sequence[str]], *, flags: Sequence[str]) 
         log.info("Run %d of %d: segmill %s %s", number, len(jobs), verb, shlex.join(job))
         command = [sys.executable, "-m", "segmill", *verb.split(), *job, *flags]
         started = time.perf_counter()
-        status = subprocess.run(command, check=False).returncode
+        status = _status(command)
         ended.append((job, status, time.perf_counter() - started))
         if status == INTERRUPTED:
             break
     log.info("%d of %d runs:", len(ended), len(jobs))
     for job, status, seconds in ended:
-        word = "ok" if status == 0 else f"failed ({status})"
+        word = {0: "ok", INTERRUPTED: "stopped"}.get(status, f"failed ({status})")
         log.info("  %-12s %7.1f s  %s", word, seconds, shlex.join(job))
-    failed = next((job for job, status, _ in ended if status != 0), None)
+    failed = next((job for job, status, _ in ended if status not in {0, INTERRUPTED}), None)
     if failed is not None:
         log.info("Next: segmill %s %s --trace", verb, shlex.join(failed))
     return max(abs(status) for _, status, _ in ended)
+
+
+def _status(command: Sequence[str]) -> int:
+    """Exit status of a run. Ctrl-C reaches it too, and it needs time to write last.ckpt."""
+    interrupted = False
+    process = subprocess.Popen(command)
+    while process.poll() is None:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            interrupted = True
+    return INTERRUPTED if interrupted else process.returncode
