@@ -42,11 +42,13 @@ class TrainStream:
 
     def __init__(self, samples: Samples, transform: TrainTransform, *, seed: int) -> None:
         self._samples, self._transform, self._seed = samples, transform, seed
+        self._rng = np.random.RandomState()  # seeded for every sample; making one takes longer
 
     def __getitem__(self, position: int) -> TrainSample:
         """Decode and transform; the draws belong to the position, not to the worker."""
         sample = self._samples[shuffled(position, len(self._samples), self._seed)]
-        return self._transform(sample, np.random.RandomState([self._seed, 0, position]))
+        self._rng.seed([self._seed, 0, position])
+        return self._transform(sample, self._rng)
 
 
 class StepBatches:

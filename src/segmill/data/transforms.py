@@ -4,6 +4,7 @@ Arrays stay uint8 and channel-last. An array with two axes is a label: resized b
 with 255. All draws come from a RandomState in MMSegmentation's order, so a seed means the same.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -40,10 +41,10 @@ class TrainSample:
 class TrainTransform:
     """Random resize, random crop, flip, photometric draws, padding to the crop size.
 
-    Draws and label equal `random_resize` -> `random_crop` -> `random_flip` exactly. The image does
-    too where the scaled image is small; elsewhere only the crop is interpolated, in float32 instead
-    of OpenCV's 11-bit weights: at most 1 level apart. Depth is interpolated like colour: so do
-    the published RGB-D recipes (DFormer), and no geometry code has to ask for the modality.
+    Draws and label equal `random_resize` -> `random_crop` -> `random_flip` exactly. So does the
+    image unless the crop is a small part of it: then only the crop is interpolated, with float32
+    instead of OpenCV's 11-bit weights, at most 1 level apart. Depth is interpolated like colour:
+    so do the published RGB-D recipes (DFormer), and no geometry code asks for the modality.
     """
 
     def __init__(
@@ -69,8 +70,7 @@ class TrainTransform:
         valid = (min(self.crop[0], size[0]), min(self.crop[1], size[1]))
 
         def cut(top: int, left: int) -> UInt8[np.ndarray, "h w"]:
-            part = label[rows[top : top + valid[0]]]
-            return part.take(columns[left : left + valid[1]], axis=1)
+            return _gathered(label, rows[top : top + valid[0]], columns[left : left + valid[1]])
 
         origin, part = _varied_crop(size, self.crop, self.cat_max_ratio, rng, cut)
         image = _resized_crop(image, size, origin, valid)
@@ -235,6 +235,15 @@ def nearest_index(length: int, resized: int) -> Int[np.ndarray, " N"]:
     return np.minimum(np.floor(np.arange(resized) * step).astype(np.intp), length - 1)
 
 
+def _gathered(
+    label: UInt8[np.ndarray, "H W"], rows: Int[np.ndarray, " h"], columns: Int[np.ndarray, " w"]
+) -> UInt8[np.ndarray, "h w"]:
+    """`label[rows][:, columns]`, as two gathers of whole rows, which are four times as fast."""
+    first, last = rows[0], rows[-1]
+    by_column = cv2.transpose(label[first : last + 1])[columns]
+    return cv2.transpose(by_column)[rows - first]
+
+
 def _linear(image: Image, factor: float, offset: float) -> Image:
     values = image.astype(np.float32) * np.float32(factor) + np.float32(offset)
     return np.clip(values, 0, 255).astype(np.uint8)
@@ -265,13 +274,19 @@ def _resized_crop(
 ) -> UInt8[np.ndarray, "h w C"]:
     """The window `origin`, `crop` of `image` resized to `size`, by whichever way costs less."""
     (top, left), (height, width) = origin, crop
-    if size[0] * size[1] <= _WARP_COST * height * width:
-        return resize(image, size)[top : top + height, left : left + width]
-    step_y, step_x = image.shape[0] / size[0], image.shape[1] / size[1]
+    scale_y, scale_x = size[0] / image.shape[0], size[1] / image.shape[1]
+    bottom, right = top + height, left + width
+    if bottom * right <= _WARP_COST * height * width:
+        # What lies below and to the right of the crop is left out; the rest keeps its phase.
+        needed = image[: math.ceil(bottom / scale_y) + 2, : math.ceil(right / scale_x) + 2]
+        if needed.shape == image.shape:
+            return resize(image, size)[top:bottom, left:right]
+        resized = cv2.resize(needed, None, None, scale_x, scale_y, cv2.INTER_LINEAR)
+        return resized[top:bottom, left:right]
     to_source = np.array(
         [
-            [step_x, 0, (left + 0.5) * step_x - 0.5],
-            [0, step_y, (top + 0.5) * step_y - 0.5],
+            [1 / scale_x, 0, (left + 0.5) / scale_x - 0.5],
+            [0, 1 / scale_y, (top + 0.5) / scale_y - 0.5],
         ]
     )
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
