@@ -1,5 +1,6 @@
 """The weights of bilinear interpolation along one axis, as torch computes them."""
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -24,6 +25,30 @@ def taps(
     position = np.clip(position, 0, source - 1)
     lower = position.astype(np.int64)
     return lower, (position - lower).astype(real)
+
+
+@dataclass(frozen=True)
+class DeviceTaps:
+    """The weights in the form of the kernels.
+
+    `lower`, `weight`: of each target position. `start[i]`: the first target position whose lower
+    source is i or more, so that start[i]:start[i + 1] lie between i and i + 1.
+    """
+
+    lower: Int[Tensor, " target"]
+    weight: Float[Tensor, " target"]
+    start: Int[Tensor, " starts"]
+
+
+@lru_cache(maxsize=64)
+def device_taps(
+    source: int, target: int, *, align_corners: bool, device: torch.device
+) -> DeviceTaps:
+    """Made once per pair of sizes: launching kernels waits for no copy."""
+    lower, weight = taps(source, target, align_corners=align_corners, dtype=torch.float32)
+    start = np.searchsorted(lower, np.arange(source + 1))
+    arrays = lower.astype(np.int32), weight, start.astype(np.int32)
+    return DeviceTaps(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
 @lru_cache(maxsize=64)
