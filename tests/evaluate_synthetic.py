@@ -77,3 +77,7 @@ if __name__ == "__main__":
     if module.global_rank == 0:
         confusion = module.confusion.tolist()
         path.write_text(json.dumps({"confusion": confusion, "per_image": module.per_image}))
+    if distributed.is_initialized():
+        # Gloo's threads would otherwise race with the interpreter's exit.
+        distributed.barrier()
+        distributed.destroy_process_group()

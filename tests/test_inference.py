@@ -11,6 +11,7 @@ from segmill.inference import predict_label, predict_logits, slide_logits, to_or
 from test_protocol import protocol
 
 SLIDE = {"mode": "slide", "window": (32, 40), "stride": (21, 26)}
+WINDOWS = {"mode": "slide", "window": (256, 256), "stride": (170, 170)}
 
 
 def network(classes: int = 7, stride: int = 4) -> nn.Module:
@@ -175,12 +176,22 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(
-    "mode", [{}, {"mode": "slide", "window": (256, 256), "stride": (170, 170)}]
-)
+@pytest.mark.parametrize("mode", [{}, WINDOWS])
 def test_full_size_logits_of_all_classes_never_exist(mode):
     image, size = torch.zeros(1, 3, 512, 512), (600, 600)
     net = nn.Conv2d(3, 150, 8, stride=8).requires_grad_(False)
     with _Largest() as largest:
         predict_label(net, [image], size, protocol(**mode))
     assert largest.elements < 150 * 512 * 512 / 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [{}, WINDOWS])
+@pytest.mark.parametrize("size", [(512, 512), (600, 450)])
+def test_labels_on_the_device_are_the_argmax_of_the_chain(mode, size):
+    net, image = network(150).cuda(), picture(512, 512).cuda()
+    rule = protocol(**mode)
+    pred = predict_label(net, [image], size, rule)
+    logits = predict_logits(net, [image], size, rule)
+    # Ties may be settled differently by another order of additions in the fused kernel.
+    assert (pred != logits.argmax(1)).float().mean() < 1e-5
