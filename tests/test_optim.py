@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
 import golden
@@ -193,6 +194,16 @@ def test_the_fused_step_equals_torchs_plain_one(settings):
     for (name, value), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
         # float32, same operations in another order; three steps.
         torch.testing.assert_close(value, other, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("settings", [adamw(), sgd()])
+def test_gradients_can_be_clipped_under_mixed_precision(settings):
+    model = Small()
+    optimizer = settings.build(model)
+    model(torch.ones(2, 3, 4, 4)).square().sum().backward()
+    MixedPrecision("bf16-mixed", "cpu").clip_gradients(optimizer, 1e-3)
+    norms = [parameter.grad.norm() for parameter in model.parameters()]
+    assert torch.stack(norms).norm() <= 1.001e-3
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "optim").glob("*.yaml")))
