@@ -19,8 +19,18 @@ from jaxtyping import UInt8
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from segmill.checkpoint.load import load_arrays, load_weights, save_safetensors
+from segmill.checkpoint.keys import apply_rules
+from segmill.checkpoint.load import (
+    choose_rules,
+    find_file,
+    load_arrays,
+    load_weights,
+    outline,
+    save_safetensors,
+    shapes_of,
+)
 from segmill.checkpoint.read import read_checkpoint, read_metadata
+from segmill.checkpoint.report import compare
 from segmill.configuration import build, compose
 from segmill.data.classes import Classes, read_classes
 from segmill.errors import SegmillError
@@ -189,11 +199,11 @@ def _classes_of(name: str, weights: str) -> int:
     config = compose("load", [f"model={name}", f"data.num_classes={DEFAULT_CLASSES}"])
     with torch.device("meta"):
         network = build(config.model).network
-    report = compare_weights(network, weights)
-    for expected, found in report.wrong_shape.values():
-        if expected and found and expected[0] == DEFAULT_CLASSES:
-            return int(found[0])
-    return DEFAULT_CLASSES
+    arrays = outline(read_checkpoint(find_file(weights)))
+    _, rules = choose_rules(network, arrays)
+    report = compare(apply_rules(arrays, rules), shapes_of(network))
+    counts = [found[0] for _, found, own in report.wrong_shape if own[0] == DEFAULT_CLASSES]
+    return counts[0] if counts else DEFAULT_CLASSES
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
