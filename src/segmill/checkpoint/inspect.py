@@ -1,12 +1,11 @@
 """What a checkpoint is, and which variant it fits: the work behind `segmill weights inspect`."""
 
-import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import SequenceMatcher
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 from segmill.checkpoint.keys import apply_rules
 from segmill.checkpoint.load import choose_rules, outline, shapes_of
 from segmill.checkpoint.origin import guess_origin, training_entries
-from segmill.checkpoint.read import find_weights, read_any, read_metadata
+from segmill.checkpoint.read import find_weights, is_jittor, read_any, read_metadata
 from segmill.checkpoint.report import Report, compare
 
 Array = Shaped[np.ndarray, "..."]
@@ -61,54 +60,53 @@ class Inspection:
     arrays: int
     values: int
     best: Match | None
-    equals: tuple[str, ...]
 
 
 def inspect_file(path: Path, variants: Iterable[Variant]) -> Inspection:
     """Read the file and hold it against the variants."""
     tree, metadata = read_any(path), read_metadata(path)
     arrays, wrappers = find_weights(tree, path)
-    best, equals = best_match(arrays, variants, hint=_variant_in(metadata) or path.name)
+    origin = guess_origin(arrays, tree, metadata)
     return Inspection(
         path=path,
-        origin=guess_origin(arrays, tree, metadata),
+        origin=f"{origin}, saved by Jittor" if is_jittor(path) else origin,
         wrappers=wrappers,
         beside=tuple(str(key) for key in tree if wrappers and key != wrappers[0]),
         training=training_entries(tree),
         metadata=metadata,
         arrays=len(arrays),
         values=sum(array.size for array in arrays.values()),
-        best=best,
-        equals=equals,
+        best=best_match(arrays, variants, hint=path.name),
     )
 
 
 def best_match(
     arrays: Mapping[str, Array], variants: Iterable[Variant], *, hint: str
-) -> tuple[Match | None, tuple[str, ...]]:
-    """The variant with the fewest problems, and the names of others that were found equal.
+) -> Match | None:
+    """The variant with the fewest problems, None if no variant shares a name with the file.
 
-    Building a variant is what takes time. `hint` (the file's name: MMSegmentation's begin with the
-    variant's) orders the search, which ends at an exact fit; before, one variant of each family is
-    tried, then all of the families whose names fit.
+    Building a variant is what takes time, so the search ends at an exact fit. `hint` (the file's
+    name: MMSegmentation's have the variant's words) orders it; one variant of each family comes
+    first, then all variants of the families whose names fit.
     """
-    ordered = sorted(variants, key=lambda v: -SequenceMatcher(None, v.name, hint).ratio())
+    ordered = sorted(variants, key=lambda v: -_alike(v.name, hint))
     first = {variant.family: variant for variant in reversed(ordered)}
-    tried: dict[str, Match] = {}
-    for variant in (v for v in ordered if v in first.values()):
-        tried[variant.name] = match(arrays, variant)
-        if not tried[variant.name].report.problems:
-            return tried[variant.name], ()
-    shared = {family: _shared_names(tried[v.name].report) for family, v in first.items()}
-    families = sorted(shared, key=lambda family: -shared[family])[:FAMILIES]
-    for variant in ordered:
-        if variant.family in families and shared[variant.family] and variant.name not in tried:
-            tried[variant.name] = match(arrays, variant)
-    places = {variant.name: place for place, variant in enumerate(ordered)}
-    best, *rest = sorted(tried.values(), key=lambda m: (m.report.problems, places[m.variant]))
-    if not _shared_names(best.report):
-        return None, ()
-    return best, tuple(m.variant for m in rest if m.report.problems == best.report.problems)
+    representatives = [variant for variant in ordered if first[variant.family] is variant]
+    best, shared = None, dict.fromkeys(first, 0.0)
+
+    def siblings() -> Iterator[Variant]:
+        families = sorted((f for f in shared if shared[f]), key=lambda f: -shared[f])[:FAMILIES]
+        for family in families:
+            yield from (v for v in ordered if v.family == family and v is not first[family])
+
+    for variant in chain(representatives, siblings()):
+        found = match(arrays, variant)
+        shared[variant.family] = max(shared[variant.family], _shared_part(found.report))
+        if best is None or found.report.problems < best.report.problems:
+            best = found
+        if not found.report.problems:
+            break
+    return best if any(shared.values()) else None
 
 
 def match(arrays: Mapping[str, Array], variant: Variant) -> Match:
@@ -141,10 +139,13 @@ def _shared_names(report: Report) -> int:
     return len(report.loaded) + len(report.wrong_shape)
 
 
-def _variant_in(metadata: Mapping[str, str]) -> str | None:
-    """The variant that segmill wrote into its own file."""
-    if "segmill" not in metadata:
-        return None
-    description: Any = json.loads(metadata["segmill"])
-    name = description.get("model_name") if isinstance(description, dict) else None
-    return name if isinstance(name, str) else None
+def _shared_part(report: Report) -> float:
+    """Of the shorter list of names, so that a deep and a shallow variant of a family agree."""
+    shared = _shared_names(report)
+    return shared / max(1, shared + min(len(report.missing), len(report.unused)))
+
+
+def _alike(variant: str, hint: str) -> float:
+    """The part of the variant's words that the hint has: `pspnet`, `r50`, `d8`."""
+    words, known = re.split("[-_]", variant), set(re.split("[-_.]", hint))
+    return sum(word in known for word in words) / len(words)

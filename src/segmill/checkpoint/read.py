@@ -99,6 +99,11 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise CheckpointError(f"{path} has a damaged header ({error!s:.200}).") from error
 
 
+def is_jittor(path: Path) -> bool:
+    """Whether jt.save wrote the file."""
+    return bytes(map_file(path)[-len(JITTOR_END) :]) == JITTOR_END
+
+
 def find_weights(tree: Any, path: str | Path) -> tuple[dict[str, Array], tuple[str, ...]]:
     """The weights inside `tree` and the wrappers around them, outermost first."""
     where: tuple[str, ...] = ()

@@ -80,8 +80,9 @@ class Unpickler:
 
     def _argument(self, opcode: Any) -> Any:
         # GLOBAL and INST read their two lines themselves: `pickletools` would undo escapes in them.
-        binary = opcode.arg is not None and opcode.name not in ("GLOBAL", "INST")
-        return opcode.arg.reader(self) if binary else None
+        if opcode.arg is None or opcode.name in ("GLOBAL", "INST"):
+            return None
+        return opcode.arg.reader(self)
 
     # `pickletools` reads an opcode's argument through this, as from a file.
     def read(self, length: int) -> bytes:

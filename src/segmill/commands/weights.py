@@ -53,8 +53,7 @@ def _match_lines(best: Match | None, inspection: Inspection) -> Iterator[str]:
         yield "next      segmill weights inspect FILE model=NAME   (docs/checkpoints.md)"
         return
     exact = "fits exactly" if not best.report.problems else "fits best"
-    also = f" (so do {', '.join(inspection.equals)})" if inspection.equals else ""
-    yield f"model     {best.variant} {exact}, names of {best.keys}{also}"
+    yield f"model     {best.variant} {exact}, names of {best.keys}"
     if best.num_classes is not None:
         yield f"classes   {best.num_classes}"
     yield ""
