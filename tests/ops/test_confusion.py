@@ -35,8 +35,17 @@ def test_many_classes_with_uint8_and_int64_mixed():
     assert confusion.sum() == 16
 
 
-def test_a_label_outside_the_classes_raises_and_names_it():
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_a_class_may_be_the_ignored_one(dtype):
     confusion = torch.zeros(3, 3, dtype=torch.int64)
-    label = torch.tensor([[7]], dtype=torch.uint8)
-    with pytest.raises(SegmillError, match="largest label 7"):
+    label = torch.tensor([0, 1, 2, 2], dtype=dtype)
+    update_confusion(confusion, label, torch.tensor([1, 1, 1, 0]), ignore_index=0)
+    assert confusion.tolist() == [[0, 0, 0], [0, 1, 0], [1, 1, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_a_label_outside_the_classes_raises_and_names_it(dtype):
+    confusion = torch.zeros(3, 3, dtype=torch.int64)
+    label = torch.tensor([[7]], dtype=dtype)
+    with pytest.raises(SegmillError, match="value 7, but there are 3 classes"):
         update_confusion(confusion, label, torch.zeros_like(label))

@@ -64,10 +64,12 @@ def interpolation_matrix(
     return torch.from_numpy(matrix)
 
 
-def row_chunks(
-    matrix: Float[Tensor, "target source"], rows: int
-) -> list[tuple[slice, slice, Float[Tensor, "chunk span"]]]:
-    """Cut the target axis in chunks of `rows`: (target rows, source rows they read, weights)."""
+# (target rows, source rows they read, weights of the one in the other)
+RowChunk = tuple[slice, slice, Float[Tensor, "_chunk _span"]]
+
+
+def row_chunks(matrix: Float[Tensor, "target source"], rows: int) -> list[RowChunk]:
+    """Cut the target axis in chunks of `rows`."""
     target, source = matrix.shape
     touched = matrix != 0
     first = touched.int().argmax(1).tolist()

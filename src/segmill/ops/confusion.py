@@ -27,15 +27,19 @@ def update_confusion(
         update_confusion_cuda(confusion, label, pred, ignore_index=ignore_index)
         return
     num_classes = len(confusion)
-    # Ignored pixels fall into an extra row; int32 halves the traffic of int64.
-    row = torch.where(label == ignore_index, num_classes, label.int())
-    counts = (
-        (row * num_classes + pred).flatten().bincount(minlength=(num_classes + 1) * num_classes)
-    )
-    if len(counts) > (num_classes + 1) * num_classes:
+    if label.dtype == torch.uint8 and num_classes <= ignore_index < 256:
+        # One row for each value of a byte: no mask, and int32 halves the traffic of int64.
+        row, ignored = label.int(), ignore_index
+    else:
+        row, ignored = torch.where(label == ignore_index, num_classes, label).long(), num_classes
+    index = row.mul_(num_classes).add_(pred).flatten()
+    counts = index.bincount(minlength=(ignored + 1) * num_classes)
+    inside = counts[: num_classes**2].reshape(num_classes, num_classes)
+    skipped = counts[ignored * num_classes : (ignored + 1) * num_classes]
+    if inside.sum() + skipped.sum() != label.numel():
+        wrong = label[(label != ignore_index) & (label >= num_classes)]
         raise SegmillError(
-            f"Labels or predictions lie outside the {num_classes} classes (ignored: "
-            f"{ignore_index}): largest label {int(label.max())}, largest prediction "
-            f"{int(pred.max())}. Map them with data.label_map, or correct data.num_classes."
+            f"The label has the value {int(wrong[0])}, but there are {num_classes} classes "
+            f"(ignored: {ignore_index}). Map it with data.label_map, or correct data.num_classes."
         )
-    confusion += counts[: num_classes * num_classes].reshape(num_classes, num_classes)
+    confusion += inside

@@ -12,6 +12,7 @@ from torch import Tensor
 from segmill.ops.bilinear import interpolation_matrix, row_chunks
 
 CHUNK = 2**19  # elements of upsampled logits alive at once: 2 MiB of float32, about an L2
+BAND = 16  # chunks whose rows of logits are widened together; neighbours share one row
 
 
 @torch.no_grad()
@@ -37,18 +38,16 @@ def _argmax(
     H, W = size
     real = torch.float64 if image.dtype == torch.float64 else torch.float32
     rows = interpolation_matrix(h, H, align_corners=align_corners, dtype=real)
-    wide = F.interpolate(
-        image.to(real).transpose(0, 1).unsqueeze(2),
-        (1, W),
-        mode="bilinear",
-        align_corners=align_corners,
-    ).reshape(h, K * W)
     # K for class 0 down to 1: the largest of the winners is the lowest class.
     places = torch.arange(K, 0, -1, dtype=real).unsqueeze(1)
     pred = torch.empty(size, dtype=real)
-    for output, span, matrix in row_chunks(rows, max(1, CHUNK // (K * W))):
-        z = (matrix @ wide[span]).reshape(-1, K, W)
-        # Three vectorised passes; torch's own argmax over an inner axis takes four times as long.
-        winners = z.eq_(z.amax(1, keepdim=True)).mul_(places)
-        pred[output] = K - winners.amax(1)
+    chunk = max(1, CHUNK // (K * W))
+    for band, band_span, band_matrix in row_chunks(rows, BAND * chunk):
+        narrow = image[:, band_span].to(real).transpose(0, 1).unsqueeze(2)
+        wide = F.interpolate(narrow, (1, W), mode="bilinear", align_corners=align_corners)
+        for output, span, matrix in row_chunks(band_matrix, chunk):
+            z = (matrix @ wide[span].flatten(1)).reshape(-1, K, W)
+            # Three vectorised passes; torch's own argmax of an inner axis takes four times as long.
+            winners = z.eq_(z.amax(1, keepdim=True)).mul_(places)
+            pred[band][output] = K - winners.amax(1)
     return pred.clamp_(max=K - 1)  # NaN logits have no winner

@@ -5,6 +5,7 @@ interpolation of (probability - target). On the CPU both are computed in chunks 
 fit the cache, the gradient already during the forward pass; on CUDA by Triton kernels.
 """
 
+import itertools
 from typing import Any, Literal
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from segmill.errors import SegmillError
-from segmill.ops.bilinear import interpolation_matrix, row_chunks
+from segmill.ops.bilinear import RowChunk, interpolation_matrix, row_chunks
 
 CHUNK = 2**19  # elements of upsampled logits alive at once: 2 MiB of float32, about an L2
+BAND = 16  # chunks whose rows of logits are widened together; neighbours share one row
 
 
 def upsample_cross_entropy(
@@ -80,28 +82,21 @@ class UpsampleCrossEntropyCpu(torch.autograd.Function):
         real = class_weight.dtype
         rows = interpolation_matrix(h, H, align_corners=align_corners, dtype=real)
         columns = interpolation_matrix(w, W, align_corners=align_corners, dtype=real)
-        chunks = row_chunks(rows, max(1, CHUNK // (K * W)))
-        pixels = _Pixels(class_weight, ignore_index, label_smoothing, ctx.needs_input_grad[0])
-        gradient = torch.zeros_like(logits, dtype=real) if pixels.differentiate else None
-        loss = weight = torch.zeros((), dtype=torch.float64)
+        chunk = max(1, CHUNK // (K * W))
+        sums = _Sums(class_weight, ignore_index, label_smoothing, ctx.needs_input_grad[0])
+        gradient = torch.zeros_like(logits, dtype=real) if sums.differentiate else None
         with torch.autocast("cpu", enabled=False):
-            for index, image in enumerate(logits.to(real)):
-                # Rows first, so that a chunk of rows is one matrix product: (h, K, W).
-                wide = image.transpose(0, 1).reshape(h * K, w) @ columns.T
-                wide = wide.reshape(h, K * W)
-                wide_gradient = torch.zeros_like(wide) if pixels.differentiate else None
-                for output, span, matrix in chunks:
-                    z = (matrix @ wide[span]).reshape(-1, K, W)
-                    chunk_loss, chunk_weight = pixels.loss(z, label[index, output].long())
-                    loss, weight = loss + chunk_loss, weight + chunk_weight
-                    if wide_gradient is not None:
-                        wide_gradient[span] += matrix.T @ z.reshape(-1, K * W)
-                if gradient is not None and wide_gradient is not None:
-                    narrow = wide_gradient.reshape(h * K, W) @ columns
-                    gradient[index] = narrow.reshape(h, K, w).transpose(0, 1)
+            for index, (output, span, matrix) in itertools.product(
+                range(len(logits)), row_chunks(rows, BAND * chunk)
+            ):
+                band = logits[index, :, span].to(real)
+                chunks = row_chunks(matrix, chunk)
+                narrow = sums.add_band(band, label[index, output], chunks, columns)
+                if gradient is not None and narrow is not None:
+                    gradient[index, :, span] += narrow
         ctx.gradient, ctx.dtype = gradient, logits.dtype
-        ctx.mark_non_differentiable(weight)
-        return loss, weight
+        ctx.mark_non_differentiable(sums.weight)
+        return sums.loss, sums.weight
 
     @staticmethod
     @once_differentiable
@@ -113,8 +108,8 @@ class UpsampleCrossEntropyCpu(torch.autograd.Function):
         return scaled.to(ctx.dtype), None, None, None, None, None
 
 
-class _Pixels:
-    """The loss of one chunk of upsampled logits (rows, K, W)."""
+class _Sums:
+    """Losses and weights of the counted pixels, added up piece by piece."""
 
     def __init__(
         self, class_weight: Tensor, ignore_index: int, label_smoothing: float, differentiate: bool
@@ -124,9 +119,33 @@ class _Pixels:
         self.keep = 1 - label_smoothing
         self.smooth = label_smoothing / len(class_weight)
         self.differentiate = differentiate
+        self.loss = torch.zeros((), dtype=torch.float64)
+        self.weight = torch.zeros((), dtype=torch.float64)
 
-    def loss(self, z: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of losses and of weights; overwrites `z` with the gradient of the former."""
+    def add_band(
+        self,
+        logits: Float[Tensor, "K h w"],
+        label: Tensor,
+        chunks: list[RowChunk],
+        columns: Float[Tensor, "W w"],
+    ) -> Float[Tensor, "K h w"] | None:
+        """Add some rows of pixels; the gradient of their loss with respect to the logits."""
+        K, h, w = logits.shape
+        W = len(columns)
+        # Rows first, so that a chunk of rows is one matrix product: (h, K, W).
+        wide = (logits.transpose(0, 1).reshape(h * K, w) @ columns.T).reshape(h, K * W)
+        gradient = torch.zeros_like(wide) if self.differentiate else None
+        for output, span, matrix in chunks:
+            z = (matrix @ wide[span]).reshape(-1, K, W)
+            self._add_pixels(z, label[output].long())
+            if gradient is not None:
+                gradient[span] += matrix.T @ z.reshape(-1, K * W)
+        if gradient is None:
+            return None
+        return (gradient.reshape(h * K, W) @ columns).reshape(h, K, w).transpose(0, 1)
+
+    def _add_pixels(self, z: Float[Tensor, "rows K W"], label: Tensor) -> None:
+        """Overwrites `z`, upsampled logits, with the gradient."""
         valid = (label != self.ignore_index).to(z.dtype)
         label = torch.where(label == self.ignore_index, 0, label).unsqueeze(1)
         weight = self.class_weight[label[:, 0]] * valid
@@ -137,10 +156,10 @@ class _Pixels:
         if self.smooth:
             linear = linear + smooth * torch.einsum("k,rkw->rw", self.class_weight, z)
         partition = z.exp_().sum(1)
-        loss = total * partition.log() - linear
+        self.loss += (total * partition.log() - linear).sum(dtype=torch.float64)
+        self.weight += weight.sum(dtype=torch.float64)
         if self.differentiate:
             z.mul_((total / partition).unsqueeze(1))
             if self.smooth:
                 z.sub_(smooth.unsqueeze(1) * self.class_weight[:, None])
             z.scatter_add_(1, label, -hit.unsqueeze(1))
-        return loss.sum(dtype=torch.float64), weight.sum(dtype=torch.float64)
