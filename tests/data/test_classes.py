@@ -55,3 +55,12 @@ def test_bad_files_are_refused(tmp_path: Path, text: str, message: str):
     path.write_text(text)
     with pytest.raises(DataError, match=message):
         read_classes(path)
+
+
+def test_a_bare_name_is_also_found_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "configs/classes").mkdir(parents=True)
+    (tmp_path / "configs/classes/mine.csv").write_text("name,red,green,blue\nsky,1,2,3\n")
+    monkeypatch.chdir(tmp_path)
+    assert read_classes("mine").names == ("sky",)

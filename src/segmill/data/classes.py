@@ -25,12 +25,14 @@ class Classes:
 
 
 def read_classes(source: str | Path) -> Classes:
-    """Read a CSV file, or `NAME.csv` of configs/classes when `source` is a bare name."""
+    """Read a CSV file; a bare name is `NAME.csv` in configs/classes, here or in the package."""
     path = Path(source)
+    folders = (Path.cwd() / "configs" / "classes", CONFIGS / "classes")
     if path.suffix != ".csv":
-        path = CONFIGS / "classes" / f"{source}.csv"
+        files = [folder / f"{source}.csv" for folder in folders]
+        path = next((file for file in files if file.is_file()), files[-1])
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in (CONFIGS / "classes").glob("*.csv")))
+        known = ", ".join(sorted({file.stem for each in folders for file in each.glob("*.csv")}))
         raise DataError(
             f"The class file {path} does not exist. Set data.classes to a CSV file with the "
             f"columns name,red,green,blue[,prompt], or to one of: {known}."
