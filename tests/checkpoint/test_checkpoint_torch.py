@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.numpy import save_file
 
 from segmill.checkpoint import torch_zip
@@ -158,6 +159,7 @@ def test_what_training_scripts_save_beside_the_weights(zipped: bool, tmp_path: P
         "counts": np.arange(3),
         "names": {"x", "y"},
         "queue": collections.deque([1, 2], maxlen=3),
+        "hyper_parameters": OmegaConf.create({"a": [1, {"b": "x"}], "n": None}),
         "time": datetime.datetime(2024, 1, 2, 3, 4),
         "nested": [(1, 2.5, None, True, "s", b"bytes", 2**70)],
         "rng": {"numpy": np.random.RandomState(0).get_state(), "torch": torch.get_rng_state()},
@@ -173,6 +175,7 @@ def test_what_training_scripts_save_beside_the_weights(zipped: bool, tmp_path: P
     assert result["queue"] == [1, 2]
     assert result["nested"] == tree["nested"]
     assert isinstance(result["time"], Inert)
+    assert result["hyper_parameters"].name == "omegaconf.dictconfig.DictConfig"
     assert result["args"].state["lr"] == 0.1
     assert result["args"].state["path"].name.startswith("pathlib.")
     np.testing.assert_array_equal(result["rng"]["numpy"][1], tree["rng"]["numpy"][1])

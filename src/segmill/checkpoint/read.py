@@ -78,6 +78,8 @@ def read_any(path: str | Path) -> Any:
         return _read(path)
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from error.__cause__
+    except PermissionError as error:
+        raise CheckpointError(f"{path} may not be read by this user ({error}).") from error
     except DAMAGED as error:
         raise CheckpointError(
             f"{path} is damaged or cut short ({type(error).__name__}: {error!s:.200}). "
