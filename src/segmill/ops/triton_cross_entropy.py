@@ -123,29 +123,10 @@ class UpsampleCrossEntropyCuda(torch.autograd.Function):
 @triton.jit
 @no_type_check
 def _forward(
-    logits,
-    label,
-    class_weight,
-    weight_total,
-    row_start,
-    row_weight,
-    column_lower,
-    column_weight,
-    offset,
-    loss_sums,
-    weight_sums,
-    h,
-    w,
-    H,
-    W,
-    ignore_index,
-    keep,
-    smooth,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SMOOTH: tl.constexpr,
-):
+    logits, label, class_weight, weight_total, row_start, row_weight, column_lower, column_weight,
+    offset, loss_sums, weight_sums, h, w, H, W, ignore_index, keep, smooth,
+    K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     cell = tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
@@ -167,19 +148,9 @@ def _forward(
         fy = tl.load(row_weight + row, mask=row < end, other=0.0)[:, None]
         pixel = row[:, None] * W + column[None, :]
         y = tl.load(label + pixel, mask=used, other=0).to(tl.int32)
-        peak = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
-        for k in tl.range(K, loop_unroll_factor=4):
-            peak = tl.maximum(peak, _between(top, bottom, k * h * w, left, right, fx, fy))
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        hit = tl.zeros([ROWS, COLUMNS], tl.float32)
-        linear = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for k in tl.range(K, loop_unroll_factor=4):
-            # From the peak, so that the sums below stay exact for large logits.
-            z = _between(top, bottom, k * h * w, left, right, fx, fy) - peak
-            total += tl.exp(z)
-            hit = tl.where(y == k, z, hit)
-            if SMOOTH:
-                linear += tl.load(class_weight + k) * z
+        peak, total, hit, linear = _over_classes(
+            top, bottom, h * w, left, right, fx, fy, y, class_weight, K, SMOOTH
+        )
         valid = used & (y != ignore_index)
         known = valid & (y >= 0) & (y < K)
         own_weight = tl.load(class_weight + y, mask=known, other=0.0)
@@ -199,6 +170,27 @@ def _forward(
 
 @triton.jit
 @no_type_check
+def _over_classes(
+    top, bottom, plane, left, right, fx, fy, y, class_weight, K: tl.constexpr, SMOOTH: tl.constexpr
+):
+    """Maximum, sum of exponentials, own and weighted logits; all but the first from the first."""
+    peak = tl.full(y.shape, float("-inf"), tl.float32)
+    for k in tl.range(K, loop_unroll_factor=4):
+        peak = tl.maximum(peak, _between(top, bottom, k * plane, left, right, fx, fy))
+    total = tl.zeros(y.shape, tl.float32)
+    hit = tl.zeros(y.shape, tl.float32)
+    linear = tl.zeros(y.shape, tl.float32)
+    for k in tl.range(K, loop_unroll_factor=4):
+        z = _between(top, bottom, k * plane, left, right, fx, fy) - peak
+        total += tl.exp(z)
+        hit = tl.where(y == k, z, hit)
+        if SMOOTH:
+            linear += tl.load(class_weight + k) * z
+    return peak, total, hit, linear
+
+
+@triton.jit
+@no_type_check
 def _between(top, bottom, plane, left, right, fx, fy):
     """Upsampled logits (rows, columns) of one class between two rows of logits."""
     top_left = tl.load(top + plane + left).to(tl.float32)
@@ -213,29 +205,11 @@ def _between(top, bottom, plane, left, right, fx, fy):
 @triton.jit
 @no_type_check
 def _backward(
-    gradient,
-    scale,
-    logits,
-    label,
-    offset,
-    class_weight,
-    row_start,
-    row_weight,
-    column_start,
-    column_weight,
-    h,
-    w,
-    H,
-    W,
-    keep,
-    smooth,
-    K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CLASSES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STRIP: tl.constexpr,
-    SMOOTH: tl.constexpr,
-):
+    gradient, scale, logits, label, offset, class_weight,
+    row_start, row_weight, column_start, column_weight, h, w, H, W, keep, smooth,
+    K: tl.constexpr, CHUNKS: tl.constexpr, CLASSES: tl.constexpr,
+    COLUMNS: tl.constexpr, STRIP: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
     j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     strip = tl.program_id(1) * STRIP
     image = (tl.program_id(2) // CHUNKS).to(tl.int64)
@@ -253,60 +227,74 @@ def _backward(
     before = tl.load(column_start + j - 1, mask=(j > 0) & (j < w), other=0)
     before = tl.where(j > 0, before, own)
     after = tl.load(column_start + j + 1, mask=j < w, other=0)
-    longest = tl.max(tl.maximum(own - before, after - own), axis=0)
     left = plane + tl.maximum(j - 1, 0)[None, :]
     middle = plane + j[None, :]
     right = plane + tl.minimum(j + 1, w - 1)[None, :]
     factor = tl.load(scale)
     from_above = tl.zeros([CLASSES, COLUMNS], tl.float32)
     for i in range(tl.maximum(strip - 1, 0), tl.minimum(strip + STRIP, h)):
-        top, bottom = i * w, tl.minimum(i + 1, h - 1) * w
-        top_left = tl.load(logits + left + top, mask=inside, other=0.0).to(tl.float32)
-        top_middle = tl.load(logits + middle + top, mask=inside, other=0.0).to(tl.float32)
-        top_right = tl.load(logits + right + top, mask=inside, other=0.0).to(tl.float32)
-        step_left = tl.load(logits + left + bottom, mask=inside, other=0.0).to(tl.float32)
-        step_middle = tl.load(logits + middle + bottom, mask=inside, other=0.0).to(tl.float32)
-        step_right = tl.load(logits + right + bottom, mask=inside, other=0.0).to(tl.float32)
-        step_left, step_middle = step_left - top_left, step_middle - top_middle
-        step_right = step_right - top_right
+        here, below = logits + i * w, logits + tl.minimum(i + 1, h - 1) * w
+        top_left, top_middle, top_right = _three(here, left, middle, right, inside)
+        bottom_left, bottom_middle, bottom_right = _three(below, left, middle, right, inside)
         to_row = tl.zeros([CLASSES, COLUMNS], tl.float32)
         to_next = tl.zeros([CLASSES, COLUMNS], tl.float32)
         for row in range(tl.load(row_start + i), tl.load(row_start + i + 1)):
             fy = tl.load(row_weight + row)
-            z_left = top_left + fy * step_left
-            z_middle = top_middle + fy * step_middle
-            z_right = top_right + fy * step_right
-            pixels = row * W
-            total = tl.zeros([CLASSES, COLUMNS], tl.float32)
-            for t in range(longest):
-                x = before + t
-                used = x < own
-                fx = tl.load(column_weight + x, mask=used, other=0.0)[None, :]
-                z = z_left + fx * (z_middle - z_left)
-                total += fx * _pixel_gradient(
-                    z, k, label, offset, pixels + x, used, weight_k, keep, smooth, SMOOTH
-                )
-                x = own + t
-                used = x < after
-                fx = tl.load(column_weight + x, mask=used, other=0.0)[None, :]
-                z = z_middle + fx * (z_right - z_middle)
-                total += (1 - fx) * _pixel_gradient(
-                    z, k, label, offset, pixels + x, used, weight_k, keep, smooth, SMOOTH
-                )
+            z_left = top_left + fy * (bottom_left - top_left)
+            z_middle = top_middle + fy * (bottom_middle - top_middle)
+            z_right = top_right + fy * (bottom_right - top_right)
+            total = _along_row(
+                z_left, z_middle, z_right, label + row * W, offset + row * W, column_weight,
+                before, own, after, k, weight_k, keep, smooth, SMOOTH,
+            )  # fmt: skip
             to_row += (1 - fy) * total
             to_next += fy * total
         value = (factor * (from_above + to_row)).to(gradient.dtype.element_ty)
         # The row above the strip only hands down its share.
-        tl.store(gradient + middle + top, value, mask=inside & (i >= strip))
+        tl.store(gradient + i * w + middle, value, mask=inside & (i >= strip))
         from_above = to_next
 
 
 @triton.jit
 @no_type_check
-def _pixel_gradient(z, k, label, offset, pixel, used, weight_k, keep, smooth, SMOOTH: tl.constexpr):
+def _along_row(
+    z_left, z_middle, z_right, label, offset, column_weight,
+    before, own, after, k, weight_k, keep, smooth, SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """What the pixels of one row give to each (class, column)."""
+    total = tl.zeros(z_middle.shape, tl.float32)
+    for t in range(tl.max(tl.maximum(own - before, after - own), axis=0)):
+        x = before + t
+        fx = tl.load(column_weight + x, mask=x < own, other=0.0)[None, :]
+        z = z_left + fx * (z_middle - z_left)
+        total += fx * _pixel_gradient(
+            z, k, label + x, offset + x, x < own, weight_k, keep, smooth, SMOOTH
+        )
+        x = own + t
+        fx = tl.load(column_weight + x, mask=x < after, other=0.0)[None, :]
+        z = z_middle + fx * (z_right - z_middle)
+        total += (1 - fx) * _pixel_gradient(
+            z, k, label + x, offset + x, x < after, weight_k, keep, smooth, SMOOTH
+        )
+    return total
+
+
+@triton.jit
+@no_type_check
+def _three(row, left, middle, right, inside):
+    """Logits (classes, columns) of a row: of the column before, this one and the next."""
+    before = tl.load(row + left, mask=inside, other=0.0).to(tl.float32)
+    own = tl.load(row + middle, mask=inside, other=0.0).to(tl.float32)
+    after = tl.load(row + right, mask=inside, other=0.0).to(tl.float32)
+    return before, own, after
+
+
+@triton.jit
+@no_type_check
+def _pixel_gradient(z, k, label, offset, used, weight_k, keep, smooth, SMOOTH: tl.constexpr):
     """Mass x probability - target at one pixel for each (class, column)."""
-    shift = tl.load(offset + pixel, mask=used, other=float("inf"))[None, :]
-    y = tl.load(label + pixel, mask=used, other=0).to(tl.int32)[None, :]
+    shift = tl.load(offset, mask=used, other=float("inf"))[None, :]
+    y = tl.load(label, mask=used, other=0).to(tl.int32)[None, :]
     counts = shift < float("inf")
     target = tl.where((y == k) & counts, keep * weight_k, 0.0)
     if SMOOTH:
