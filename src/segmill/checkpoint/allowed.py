@@ -268,8 +268,8 @@ INERT = frozenset(STORAGES) | frozenset(DTYPES) | frozenset(
         "functools": "partial",
         "operator": "getitem",
         "typing": "Any Union Optional Dict List Tuple",
-        "builtins": "int long float str unicode bool list dict tuple bytes object slice range xrange "
-        "type",
+        "builtins": "int long float str unicode bool list dict tuple bytes object slice "
+        "range xrange type",
         "datetime": "datetime date time timedelta timezone",
         "decimal": "Decimal",
         "uuid": "UUID",

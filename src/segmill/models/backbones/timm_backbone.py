@@ -62,9 +62,6 @@ class TimmBackbone(nn.Module):
             **options,
         )
         self.trunk = trunk
-        # What `weights=timm` asks for.
-        self.name = name
-        self.in_channels = in_channels
         self.channels: tuple[int, ...] = tuple(trunk.feature_info.channels())
         self.strides: tuple[int, ...] = tuple(trunk.feature_info.reduction())
         # timm's own wrapper of EfficientNets has no `output_fmt`: it is always channels first.
