@@ -131,4 +131,14 @@ VERBS: dict[str, Verb] = {
             "segmill data check data=ade20k every=50",
         ),
     ),
+    "data new": Verb(
+        module="segmill.commands.data",
+        function="run_new",
+        arguments={"folder": Path, "name": str},
+        required=("folder",),
+        summary="write the YAML of a data set by looking at its folder",
+        usage="segmill data new FOLDER [name=NAME]",
+        keys=(("name=NAME", "the data set's name; default: the folder's"),),
+        examples=("segmill data new data/street", "segmill data new data/x name=street"),
+    ),
 }

@@ -1,8 +1,9 @@
-"""`segmill data check`: every bad file of a data set before training, and pixels per class."""
+"""`segmill data check`: every bad file and the pixels per class; `data new`: write the YAML."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +18,10 @@ from segmill.data.check import DataReport, check_dataset
 from segmill.data.classes import Classes, read_classes
 from segmill.data.files import DataError
 from segmill.data.folder import FolderDataset
+from segmill.data.guess import Guess, guess
 from segmill.errors import SegmillError
+from segmill.files import write_whole
+from segmill.paths import CONFIGS
 
 # The keys of a data YAML that FolderDataset takes as they are.
 _FILES = ["data_root", "image", "label", "splits", "label_map", "label_format"]
@@ -55,6 +59,25 @@ def run_check(config: DictConfig, context: Invocation) -> None:
             f"do. Then again: {context.command}"
         )
     console.print(f"No problem found. Next: segmill train data={keys['name']}", highlight=False)
+
+
+def run_new(folder: Path, name: str | None = None) -> None:
+    """Write configs/data/NAME.yaml and configs/classes/NAME.csv of the current folder."""
+    found = guess(folder)
+    name = name or folder.resolve().name
+    keys, classes = Path("configs/data") / f"{name}.yaml", Path("configs/classes") / f"{name}.csv"
+    for path in (keys, classes):
+        if path.exists():
+            raise SegmillError(f"{path} exists already. Give another name: name=NAME.")
+    write_whole(keys, _yaml(name, folder.resolve(), found).encode())
+    write_whole(classes, _class_rows(len(found.values)).encode())
+    Console().print(
+        f"Wrote {keys} and {classes} ({len(found.values)} classes, values "
+        f"{', '.join(map(str, found.values))}). Write the real names into {classes}.\n"
+        f"Next: segmill data check data={name}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def described(report: DataReport) -> str:
@@ -131,3 +154,39 @@ def _cells(pixels: Sequence[int], reports: Mapping[str, DataReport]) -> Iterator
         total = int(report.pixels.sum()) + report.ignored
         yield f"{count:,}" if count else "[yellow]0"
         yield f"{count / total:.2%}" if total else "-"
+
+
+def _yaml(name: str, root: Path, found: Guess) -> str:
+    """The guessed keys; sizes and training keys are those of configs/data/folder.yaml."""
+    label_map: dict[int, int | str] = {value: index for index, value in enumerate(found.values)}
+    guessed = {
+        "_target_": "segmill.data.datamodule.SegmentationData",
+        "name": name,
+        "data_root": str(root),
+        "image": found.image,
+        "label": found.label,
+        "depth": found.depth,
+        "depth_range": found.depth_range,
+        "splits": found.splits,
+        "label_map": {**label_map, 255: "ignore"},
+        "label_format": found.label_format,
+        "classes": name,
+        "num_classes": len(found.values),
+        "channels": 3 if found.depth is None else 4,
+    }
+    last = list(found.splits)
+    template = (CONFIGS / "data" / "folder.yaml").read_text(encoding="utf-8")
+    rest = OmegaConf.create(template)
+    assert isinstance(rest, DictConfig)
+    rest.merge_with({"val_split": last[1], "test_split": last[-1]})
+    for key in guessed:
+        rest.pop(key)
+    head = f"# {name}: guessed from its files; `segmill data check data={name}` says what is wrong."
+    return f"{head}\n{OmegaConf.to_yaml(OmegaConf.create(guessed))}{OmegaConf.to_yaml(rest)}"
+
+
+def _class_rows(count: int) -> str:
+    """Placeholder names, in colours that are easy to tell apart."""
+    colours = read_classes("ade20k").palette[:count].tolist()
+    rows = [f"class {index},{','.join(map(str, each))}" for index, each in enumerate(colours)]
+    return "\n".join(["name,red,green,blue", *rows, ""])

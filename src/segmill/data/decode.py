@@ -36,7 +36,7 @@ def decode_label(data: bytes, where: str, label_format: LabelFormat) -> UInt8[np
     """The indices as they stand in the file, before `label_map`."""
     if label_format == "palette":
         return _decode_palette(data, where)
-    if _png_header(data)[1] == _PALETTE:
+    if is_palette(data):
         raise DataError(
             f"The label {where} is a palette PNG, whose indices would be read as colours. "
             "If its indices are the classes, set data.label_format=palette."
@@ -68,6 +68,11 @@ def decode_depth(data: bytes, where: str) -> UInt8[np.ndarray, "H W"] | UInt16[n
     return depth
 
 
+def is_palette(data: bytes) -> bool:
+    """Whether a file is a palette PNG."""
+    return _png_header(data)[1] == _PALETTE
+
+
 def _decode(data: bytes, flags: int, where: str) -> np.ndarray:
     array = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     if array is None:
@@ -79,7 +84,7 @@ def _decode(data: bytes, flags: int, where: str) -> np.ndarray:
 
 
 def _decode_palette(data: bytes, where: str) -> UInt8[np.ndarray, "H W"]:
-    if data and _png_header(data)[1] in (None, _PALETTE):
+    if _png_header(data)[1] in (None, _PALETTE):
         try:
             with Image.open(io.BytesIO(data)) as picture:
                 if picture.mode == "P":
