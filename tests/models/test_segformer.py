@@ -143,3 +143,44 @@ def test_mmsegmentations_encoder_file_loads_without_its_prefix():
     rules = network.key_rules()["mmseg"]
     report = load_arrays(network, encoder, rules=rules, may_miss=[r"decode_head\..+"])
     assert len(report.loaded) == len(encoder)
+
+
+def _as_the_authors_name_it(name: str, value: np.ndarray) -> dict[str, np.ndarray]:
+    """Their names for a key and array of ours (the converter of MMSegmentation, backwards)."""
+    parts = name.split(".")
+    if parts[0] == "decode_head":
+        if parts[1] == "convs":
+            stage, kernel = int(parts[2]) + 1, value[:, :, 0, 0] if value.ndim == 4 else value
+            return {f"decode_head.linear_c{stage}.proj.{parts[3]}": kernel}
+        if name == "decode_head.fusion_conv.conv.weight":
+            value = np.concatenate(np.split(value, 4, axis=1)[::-1], axis=1)
+        name = name.replace("fusion_conv", "linear_fuse").replace("conv_seg", "linear_pred")
+        return {name: value}
+    stage, last = int(parts[2]) + 1, parts[-1]
+    if parts[3] == "0":
+        part = "proj" if parts[4] == "projection" else "norm"
+        return {f"backbone.patch_embed{stage}.{part}.{last}": value}
+    if parts[3] == "2":
+        return {f"backbone.norm{stage}.{last}": value}
+    block = f"backbone.block{stage}.{parts[4]}"
+    if last.startswith("in_proj_"):
+        kind, third = last.removeprefix("in_proj_"), len(value) // 3
+        return {f"{block}.attn.q.{kind}": value[:third], f"{block}.attn.kv.{kind}": value[third:]}
+    ffn = {"0": "fc1", "1": "dwconv.dwconv", "4": "fc2"}
+    if parts[5] == "ffn":
+        value = value[:, :, 0, 0] if value.ndim == 4 and parts[7] != "1" else value
+        return {f"{block}.mlp.{ffn[parts[7]]}.{last}": value}
+    rest = ".".join(parts[5:]).replace("attn.attn.out_proj", "attn.proj")
+    return {f"{block}.{rest}": value}
+
+
+def test_files_of_the_authors_load(ours):
+    state = {name: value.numpy() for name, value in ours.state_dict().items()}
+    theirs: dict[str, np.ndarray] = {}
+    for name, value in state.items():
+        theirs |= _as_the_authors_name_it(name, value)
+    origin, rules = choose_rules(ours, theirs)
+    assert origin == "nvidia"
+    renamed = apply_rules(theirs, rules)
+    assert renamed.keys() == state.keys()
+    assert all(np.array_equal(renamed[name], value) for name, value in state.items())

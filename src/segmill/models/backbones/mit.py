@@ -5,7 +5,8 @@ Paper:   Xie et al., "SegFormer: Simple and Efficient Design for Semantic Segmen
 Follows: MMSegmentation 1.2.2 `MixVisionTransformer`, whose LayerNorms all have eps 1e-6; those of
          transformers' SegFormer have 1e-5.
 Weights: MMSegmentation's load by name (mit_b*.pth, which lack the prefix, by KEYS_FROM_MMSEG),
-         transformers' SegFormer encoders by KEYS_FROM_HF.
+         transformers' SegFormer encoders by KEYS_FROM_HF, the authors' mit_b*.pth by
+         KEYS_FROM_NVIDIA.
 """
 
 import math
@@ -60,6 +61,30 @@ KEYS_FROM_HF: tuple[Rule, ...] = (
     Rename(BLOCK + r"mlp\.(?:dense|fc)1\.(.+)", OURS + r"ffn.layers.0.\4", as_kernel),
     Rename(BLOCK + r"mlp\.dwconv\.dwconv\.(.+)", OURS + r"ffn.layers.1.\4"),
     Rename(BLOCK + r"mlp\.(?:dense|fc)2\.(.+)", OURS + r"ffn.layers.4.\4", as_kernel),
+)
+
+
+def _keys_from_nvidia(stage: int) -> tuple[Rule, ...]:
+    """The authors count stages from 1 and keep patches, blocks and norms in lists of their own."""
+    block, ours = rf"(?:backbone\.)?block{stage}\.(\d+)\.", rf"backbone.layers.{stage - 1}.1.\1."
+    embed = rf"(?:backbone\.)?patch_embed{stage}\."
+    return (
+        Rename(embed + r"proj\.(.+)", rf"backbone.layers.{stage - 1}.0.projection.\1"),
+        Rename(embed + r"norm\.(.+)", rf"backbone.layers.{stage - 1}.0.norm.\1"),
+        Rename(rf"(?:backbone\.)?norm{stage}\.(.+)", rf"backbone.layers.{stage - 1}.2.\1"),
+        Concat(block + r"attn\.q\.(.+)", ours + r"attn.attn.in_proj_\2", index=0, parts=2),
+        Concat(block + r"attn\.kv\.(.+)", ours + r"attn.attn.in_proj_\2", index=1, parts=2),
+        Rename(block + r"attn\.proj\.(.+)", ours + r"attn.attn.out_proj.\2"),
+        Rename(block + r"mlp\.fc1\.(.+)", ours + r"ffn.layers.0.\2", as_kernel),
+        Rename(block + r"mlp\.dwconv\.dwconv\.(.+)", ours + r"ffn.layers.1.\2"),
+        Rename(block + r"mlp\.fc2\.(.+)", ours + r"ffn.layers.4.\2", as_kernel),
+        Rename(block + r"(attn\.sr|attn\.norm|norm1|norm2)\.(.+)", ours + r"\2.\3"),
+    )
+
+
+KEYS_FROM_NVIDIA: tuple[Rule, ...] = (
+    Drop(r"head\..+"),  # of the encoders trained on ImageNet
+    *(rule for stage in (1, 2, 3, 4) for rule in _keys_from_nvidia(stage)),
 )
 
 Tokens = Float[Tensor, "B N D"]
@@ -119,8 +144,8 @@ class MixVisionTransformer(nn.Module):
         return features
 
     def key_rules(self) -> dict[str, tuple[Rule, ...]]:
-        """Rules to `backbone.*` from MMSegmentation's files and from transformers'."""
-        return {"mmseg": KEYS_FROM_MMSEG, "hf": KEYS_FROM_HF}
+        """Rules to `backbone.*` from MMSegmentation's files, transformers' and the authors'."""
+        return {"mmseg": KEYS_FROM_MMSEG, "hf": KEYS_FROM_HF, "nvidia": KEYS_FROM_NVIDIA}
 
 
 class PatchEmbed(nn.Module):

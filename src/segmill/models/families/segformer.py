@@ -5,7 +5,8 @@ Paper:   Xie et al., "SegFormer: Simple and Efficient Design for Semantic Segmen
 Follows: MMSegmentation 1.2.2 `SegformerHead`, align_corners=False, as `ConvHead`; transformers'
          `SegformerDecodeHead`, whose projections have neither norm nor ReLU, as `LinearHead`.
 Weights: MMSegmentation's segformer_mit-b* load by name into a network with `ConvHead`,
-         transformers' by KEYS_FROM_HF into one with `LinearHead`.
+         transformers' by KEYS_FROM_HF and the authors' own (segformer.b*.pth) by KEYS_FROM_NVIDIA
+         into one with `LinearHead`.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from segmill.checkpoint.keys import Rename, Rule
-from segmill.models.backbones.mit import KEYS_FROM_HF as ENCODER_KEYS_FROM_HF
-from segmill.models.backbones.mit import as_kernel
+from segmill.checkpoint.keys import Drop, Rename, Rule
+from segmill.models.backbones import mit
 from segmill.models.layers import Backbone, ConvBNAct, classifier, resize
 from segmill.ops.upsample_cross_entropy import upsample_cross_entropy
 
@@ -31,14 +31,33 @@ KEYS_FROM_HF: tuple[Rule, ...] = (
     Rename(
         r"decode_head\.linear_(?:c|projections)\.(\d)\.proj\.(.+)",
         r"decode_head.convs.\1.\2",
-        as_kernel,
+        mit.as_kernel,
     ),
     Rename(
         r"decode_head\.linear_fuse\.weight", "decode_head.fusion_conv.conv.weight", _finest_first
     ),
     Rename(r"decode_head\.batch_norm\.(.+)", r"decode_head.fusion_conv.bn.\1"),
     Rename(r"decode_head\.classifier\.(.+)", r"decode_head.conv_seg.\1"),
-    *ENCODER_KEYS_FROM_HF,
+    *mit.KEYS_FROM_HF,
+)
+KEYS_FROM_NVIDIA: tuple[Rule, ...] = (
+    Drop(r"decode_head\.conv_seg\..+"),  # inherited there, but `linear_pred` is what classifies
+    *(
+        Rename(
+            rf"decode_head\.linear_c{stage}\.proj\.(.+)",
+            rf"decode_head.convs.{stage - 1}.\1",
+            mit.as_kernel,
+        )
+        for stage in (1, 2, 3, 4)
+    ),
+    Rename(
+        r"decode_head\.linear_fuse\.conv\.weight",
+        "decode_head.fusion_conv.conv.weight",
+        _finest_first,
+    ),
+    Rename(r"decode_head\.linear_fuse\.bn\.(.+)", r"decode_head.fusion_conv.bn.\1"),
+    Rename(r"decode_head\.linear_pred\.(.+)", r"decode_head.conv_seg.\1"),
+    *mit.KEYS_FROM_NVIDIA,
 )
 
 
@@ -60,8 +79,8 @@ class SegFormer(nn.Module):
         return {"decode.loss_ce": upsample_cross_entropy(self(image), label)}
 
     def key_rules(self) -> dict[str, tuple[Rule, ...]]:
-        """The backbone's, and for transformers' files the head's too."""
-        return {**self.backbone.key_rules(), "hf": KEYS_FROM_HF}
+        """The backbone's, and for transformers' and the authors' files the head's too."""
+        return {**self.backbone.key_rules(), "hf": KEYS_FROM_HF, "nvidia": KEYS_FROM_NVIDIA}
 
 
 class ConvHead(nn.Module):
