@@ -4,7 +4,7 @@ Everything follows from (seed, position in the stream), so neither the number of
 processes changes a sample, and a run continues anywhere.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
