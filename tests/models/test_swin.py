@@ -98,6 +98,7 @@ def test_weights_timm_fills_the_backbone_but_for_its_output_norms(monkeypatch):
         grids=[1],
         auxiliary_channels=8,
         auxiliary_weight=0.4,
+        class_weight=None,
         dropout=0.1,
         num_classes=3,
     )

@@ -100,7 +100,7 @@ def build_trainer(
     """Lightning's Trainer that writes metrics.csv, best.ckpt (by val/mIoU) and last.ckpt."""
     _quiet()
     processes = world_size(settings)
-    gpus = settings.accelerator != "cpu" and torch.cuda.is_available()
+    gpus = _on_gpu(settings)
     return lightning.Trainer(
         accelerator=settings.accelerator,
         devices=_devices(settings),
@@ -171,8 +171,14 @@ def _callbacks(settings: TrainerSettings, folder: Path) -> list[Callback]:
     if settings.ema is not None:
         # One kernel for all parameters; Lightning's EMAWeightAveraging takes one for each.
         average = get_ema_multi_avg_fn(settings.ema)
-        callbacks.append(WeightAveraging(use_buffers=True, multi_avg_fn=average))
+        # Lightning copies before the model moves; by then the device of this process is set.
+        device = "cuda" if _on_gpu(settings) else "cpu"
+        callbacks.append(WeightAveraging(device, use_buffers=True, multi_avg_fn=average))
     return callbacks
+
+
+def _on_gpu(settings: TrainerSettings) -> bool:
+    return settings.accelerator != "cpu" and torch.cuda.is_available()
 
 
 def _has_bar(settings: TrainerSettings) -> bool:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from segmill.checkpoint.keys import Rule
+from segmill.errors import SegmillError
 from segmill.ops.upsample_cross_entropy import upsample_cross_entropy
 
 
@@ -137,13 +138,31 @@ def decode_and_auxiliary_losses(
     label: Integer[Tensor, "B H W"],
     *,
     auxiliary_weight: float,
+    class_weight: Sequence[float] | None,
 ) -> dict[str, Float[Tensor, ""]]:
     """Cross-entropy of both heads at the label's size; the second one weighted."""
-    auxiliary = upsample_cross_entropy(auxiliary_logits, label)
+    auxiliary = cross_entropy(auxiliary_logits, label, class_weight)
     return {
-        "decode.loss_ce": upsample_cross_entropy(logits, label),
+        "decode.loss_ce": cross_entropy(logits, label, class_weight),
         "aux.loss_ce": auxiliary_weight * auxiliary,
     }
+
+
+def cross_entropy(
+    logits: Float[Tensor, "B K h w"],
+    label: Integer[Tensor, "B H W"],
+    class_weight: Sequence[float] | None,
+) -> Float[Tensor, ""]:
+    """Cross-entropy at the label's size; `class_weight` has one factor for each class."""
+    if class_weight is None:
+        return upsample_cross_entropy(logits, label)
+    if len(class_weight) != logits.shape[1]:
+        raise SegmillError(
+            f"model.network.class_weight has {len(class_weight)} values, the model has "
+            f"{logits.shape[1]} classes. Give one value for each class, or null."
+        )
+    weight = logits.new_tensor(class_weight, dtype=torch.float32)
+    return upsample_cross_entropy(logits, label, class_weight=weight)
 
 
 def auxiliary_head(

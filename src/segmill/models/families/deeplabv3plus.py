@@ -36,12 +36,14 @@ class DeepLabV3Plus(nn.Module):
         low_level_channels: int,
         auxiliary_channels: int,
         auxiliary_weight: float,
+        class_weight: Sequence[float] | None,
         dropout: float,
         num_classes: int,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.auxiliary_weight = auxiliary_weight
+        self.class_weight = class_weight
         self.decode_head = SeparableASPPHead(
             in_channels=backbone.channels[-1],
             low_level_in_channels=backbone.channels[0],
@@ -69,6 +71,7 @@ class DeepLabV3Plus(nn.Module):
             self.auxiliary_head(features[-2]),
             label,
             auxiliary_weight=self.auxiliary_weight,
+            class_weight=self.class_weight,
         )
 
     def key_rules(self) -> dict[str, tuple[Rule, ...]]:

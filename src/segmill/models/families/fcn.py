@@ -6,6 +6,8 @@ Follows: MMSegmentation 1.2.2 `FCNHead` twice (decode and auxiliary), align_corn
 Weights: MMSegmentation's fcn_* files load through the backbone's key rules.
 """
 
+from collections.abc import Sequence
+
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
@@ -29,12 +31,14 @@ class FCN(nn.Module):
         num_convs: int,
         auxiliary_channels: int,
         auxiliary_weight: float,
+        class_weight: Sequence[float] | None,
         dropout: float,
         num_classes: int,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.auxiliary_weight = auxiliary_weight
+        self.class_weight = class_weight
         self.decode_head = FCNHead(
             in_channels=backbone.channels[-1],
             channels=channels,
@@ -60,6 +64,7 @@ class FCN(nn.Module):
             self.auxiliary_head(features[-2]),
             label,
             auxiliary_weight=self.auxiliary_weight,
+            class_weight=self.class_weight,
         )
 
     def key_rules(self) -> dict[str, tuple[Rule, ...]]:

@@ -32,12 +32,14 @@ class PSPNet(nn.Module):
         grids: Sequence[int],
         auxiliary_channels: int,
         auxiliary_weight: float,
+        class_weight: Sequence[float] | None,
         dropout: float,
         num_classes: int,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.auxiliary_weight = auxiliary_weight
+        self.class_weight = class_weight
         self.decode_head = PSPHead(
             in_channels=backbone.channels[-1],
             channels=channels,
@@ -62,6 +64,7 @@ class PSPNet(nn.Module):
             self.auxiliary_head(features[-2]),
             label,
             auxiliary_weight=self.auxiliary_weight,
+            class_weight=self.class_weight,
         )
 
     def key_rules(self) -> dict[str, tuple[Rule, ...]]:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from segmill.checkpoint.keys import Drop, Rename, Rule
 from segmill.models.backbones import mit
-from segmill.models.layers import Backbone, ConvBNAct, classifier, resize
-from segmill.ops.upsample_cross_entropy import upsample_cross_entropy
+from segmill.models.layers import Backbone, ConvBNAct, classifier, cross_entropy, resize
 
 
 def _finest_first(array: np.ndarray) -> np.ndarray:
@@ -64,10 +63,17 @@ KEYS_FROM_NVIDIA: tuple[Rule, ...] = (
 class SegFormer(nn.Module):
     """Backbone and one of the two heads below; logits at stride 4."""
 
-    def __init__(self, *, backbone: Backbone, decode_head: nn.Module) -> None:
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        decode_head: nn.Module,
+        class_weight: Sequence[float] | None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.decode_head = decode_head
+        self.class_weight = class_weight
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K h w"]:
         return self.decode_head(self.backbone(image))
@@ -76,7 +82,7 @@ class SegFormer(nn.Module):
         self, image: Float[Tensor, "B C H W"], label: Integer[Tensor, "B H W"]
     ) -> dict[str, Float[Tensor, ""]]:
         """Cross-entropy at the label's size."""
-        return {"decode.loss_ce": upsample_cross_entropy(self(image), label)}
+        return {"decode.loss_ce": cross_entropy(self(image), label, self.class_weight)}
 
     def key_rules(self) -> dict[str, tuple[Rule, ...]]:
         """The backbone's, and for transformers' and the authors' files the head's too."""

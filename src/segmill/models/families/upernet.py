@@ -35,12 +35,14 @@ class UPerNet(nn.Module):
         grids: Sequence[int],
         auxiliary_channels: int,
         auxiliary_weight: float,
+        class_weight: Sequence[float] | None,
         dropout: float,
         num_classes: int,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.auxiliary_weight = auxiliary_weight
+        self.class_weight = class_weight
         self.decode_head = UPerHead(
             in_channels=backbone.channels,
             channels=channels,
@@ -65,6 +67,7 @@ class UPerNet(nn.Module):
             self.auxiliary_head(features[-2]),
             label,
             auxiliary_weight=self.auxiliary_weight,
+            class_weight=self.class_weight,
         )
 
     def key_rules(self) -> dict[str, tuple[Rule, ...]]:
