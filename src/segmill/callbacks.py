@@ -43,7 +43,9 @@ class ProgressLines(Callback):
         self,
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,  # noqa: ARG002
-        *_: Any,
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
     ) -> None:
         """A line every fortieth of the run."""
         step, last = trainer.global_step, int(trainer.max_steps)
@@ -75,11 +77,22 @@ class DataTime(Callback):
         if self._since is not None:
             pl_module.log("train/data_time", time.perf_counter() - self._since, prog_bar=True)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,  # noqa: ARG002
+        pl_module: lightning.LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
         """Waiting begins."""
         self._since = time.perf_counter()
 
-    def on_validation_end(self, *_: Any) -> None:
+    def on_validation_end(
+        self,
+        trainer: lightning.Trainer,  # noqa: ARG002
+        pl_module: lightning.LightningModule,  # noqa: ARG002
+    ) -> None:
         """Validation is not waiting."""
         self._since = None
 

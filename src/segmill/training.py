@@ -80,7 +80,7 @@ class SegmentationModule(lightning.LightningModule):
         values = {f"val/{name}": float(result[name]) for name in SCALARS}
         values |= {
             f"val/IoU/{name}": float(value)
-            for name, value in zip(self.class_names, result["IoU"], strict=True)
+            for name, value in zip(self.class_names, np.asarray(result["IoU"]), strict=True)
         }
         self.log_dict(values)
         self.log("mIoU", values["val/mIoU"], prog_bar=True, logger=False)

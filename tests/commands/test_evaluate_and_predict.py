@@ -4,10 +4,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from tiny_run import train_tiny
 
 from segmill.cli import main
-
+from tiny_run import train_tiny
 
 # A quarter of a room would be smaller than SegFormer's largest stride.
 RATIOS = ["protocol.ratios=[1.0,1.5]"]

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import tiny_overrides, train_tiny
 from torch import Tensor
 
 import segmill
 from segmill.cli import main
 from segmill.training import SegmentationModule
+from tiny_run import tiny_overrides, train_tiny
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def run(config: DictConfig, context: Invocation) -> None:
     )
     split = config.split or data.val_split
     segmenter = _segmenter(config, data, protocol)
-    folder = _result_folder(config, data.name, split, protocol)
+    folder = _result_folder(config, data, split, protocol)
     write_provenance(folder, config, context.command)
     settings: TrainerSettings = build(config.trainer)
     logging_settings = LoggingSettings.silent()
@@ -232,9 +232,11 @@ def _with_run(config: DictConfig, context: Invocation) -> DictConfig:
     return merged
 
 
-def _result_folder(config: DictConfig, data: str, split: str, protocol: Protocol) -> Path:
+def _result_folder(
+    config: DictConfig, data: SegmentationData, split: str, protocol: Protocol
+) -> Path:
     """Beside the run that was scored; every evaluation has a folder of its own."""
-    name = f"eval_{data}_{split}_{protocol.name}"
+    name = f"eval_{data.name}_{split}_{protocol.name}"
     if config.run is not None and Path(config.run).exists():
         path = Path(config.run)
         return new_run_folder(str(path if path.is_dir() else path.parent), name)
