@@ -84,6 +84,7 @@ def test_every_variant_builds_and_gives_logits(model):
         logits = network(image)
     assert logits.shape[:2] == (1, config.data.num_classes)
     assert logits.shape[2] / logits.shape[3] == pytest.approx(64 / 96)
+    assert 64 % logits.shape[2] == 0
 
 
 def channels_of(model: str) -> int:

@@ -168,7 +168,6 @@ def test_accumulation_gives_the_same_number_of_optimizer_steps(tmp_path: Path) -
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 6
 
 
-@pytest.mark.slow
 def test_two_processes_score_as_one(tmp_path: Path) -> None:
     words = tiny_overrides(tmp_path, trainer__devices=2)
     done = subprocess.run(
@@ -190,7 +189,11 @@ def test_an_interrupted_run_writes_last_ckpt_and_says_how_to_go_on(tmp_path: Pat
     log = tmp_path / "log.txt"
     with log.open("w") as stream:
         child = subprocess.Popen(
-            [sys.executable, "-m", "segmill", "train", *words], stdout=stream, stderr=stream
+            [sys.executable, "-m", "segmill", "train", *words],
+            stdout=stream,
+            stderr=stream,
+            # A shell that runs the tests in the background has its children ignore SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         metrics = tmp_path / "runs" / "tiny" / "metrics.csv"
         deadline = time.monotonic() + 120
