@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from segmill.errors import SegmillError
 from segmill.evaluation import ConfusionMetric, predict_batch
 from segmill.evidence import write_evidence
-from segmill.metrics import SCALARS, scores
+from segmill.metrics import scores
 from segmill.models.discriminative import Discriminative
 from segmill.optim import OptimizerSettings, ScheduleSettings
 from segmill.photometric import photometric_distortion
 from segmill.protocol import Protocol
+
+# The other scalars of metrics.json say the same in other words (mRecall is mAcc).
+LOGGED = ("mIoU", "mAcc", "aAcc", "FWIoU", "mDice")
 
 
 class SegmentationModule(lightning.LightningModule):
@@ -77,7 +80,7 @@ class SegmentationModule(lightning.LightningModule):
         """Log the scores of the accumulated confusion matrix, the same in every process."""
         result = scores(self.metric.total().cpu().numpy())
         self.metric.reset()
-        values = {f"val/{name}": float(result[name]) for name in SCALARS}
+        values = {f"val/{name}": float(result[name]) for name in LOGGED}
         values |= {
             f"val/IoU/{name}": float(value)
             for name, value in zip(self.class_names, np.asarray(result["IoU"]), strict=True)

@@ -21,6 +21,7 @@ from segmill.commands.train import build_parts, fit
 from segmill.configuration import Invocation, compose
 from segmill.report.examples import Example
 from segmill.report.html import Result, write_report
+from segmill.report.tables import score_line
 
 log = logging.getLogger(__name__)
 MODELS = {"RGB": "demo_rgb", "RGB-D": "demo_rgbd"}
@@ -34,7 +35,10 @@ def run(config: DictConfig, context: Invocation) -> None:
     write_provenance(folder, config, context.command)
     scored = {name: _train(name, folder, config) for name in MODELS}
     _report(folder, scored, context.command)
-    log.info("The demo took %.0f seconds.", time.perf_counter() - started)
+    log.info("\nForty rooms that neither model has seen:")
+    for name, each in scored.items():
+        log.info("  %-6s %s", name, score_line(each.confusion, protocol=each.protocol.name))
+    log.info("Took %.0f seconds.", time.perf_counter() - started)
     log.info("Look at:  %s", folder / "report.html")
     log.info("Next:     segmill predict run=%s %s", folder / "rgb", folder / "scenes/images/test")
 
@@ -46,7 +50,7 @@ def _train(name: str, folder: Path, config: DictConfig) -> Scored:
         f"output_dir={folder}",
         f"seed={config.seed}",
         f"trainer.max_steps={config.steps}",
-        f"trainer.val_every={config.steps}",
+        f"trainer.val_every={max(config.steps // 3, 1)}",
     ]
     log.info("\n%s: segmill train %s", name, " ".join(overrides))
     run_config = compose("train", overrides)
