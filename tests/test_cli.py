@@ -82,6 +82,11 @@ def test_help_lists_every_command(capsys):
     assert all(name in text for name in VERBS)
 
 
+def test_help_takes_no_comment_for_a_group(capsys):
+    cli.main(["train", "--help"])
+    assert "_self_" not in capsys.readouterr().out
+
+
 def test_train_help_lists_the_options_of_its_groups(capsys):
     cli.main(["train", "-h"])
     text = capsys.readouterr().out

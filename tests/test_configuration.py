@@ -198,3 +198,12 @@ def test_annotations_read_as_words():
     assert described(tuple[int, int]) == "a list of 2: a whole number, a whole number"
     assert described(Literal["auto", True]) == "'auto' or true"
     assert described(Sequence[str]) == "a list, each text"
+
+
+def test_a_mapping_may_bring_its_own_keys():
+    config = compose("train", [*SMALL, "optimizer.rules={norm: {decay_mult: 0.0}}"])
+    assert config.optimizer.rules == {"norm": {"decay_mult": 0.0}}
+
+
+def test_a_mapping_with_a_misspelt_argument_is_refused():
+    assert "did you mean learning_rate" in refusal("optimizer={learning_rat: 1.0}")

@@ -62,6 +62,10 @@ def test_an_unknown_name_says_what_there_is() -> None:
 def test_a_path_that_is_not_there_is_no_variant() -> None:
     with pytest.raises(SegmillError, match="does not exist"):
         segmill.load("runs/nowhere/model.safetensors")
+    with pytest.raises(SegmillError, match="nowhere does not exist"):
+        segmill.load("nowhere")
+    with pytest.raises(SegmillError, match="did you mean segformer_tiny"):
+        segmill.load("segformer_tny")
 
 
 def test_foreign_safetensors_ask_for_the_variant(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Lightning callbacks of a training run: progress, the time spent waiting for data, Ctrl-C."""
+"""Lightning callbacks of a training run: progress, waiting for data, the last step, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -95,6 +95,22 @@ class DataTime(Callback):
     ) -> None:
         """Validation is not waiting."""
         self._since = None
+
+
+class ScoreLastStep(Callback):
+    """Validate after the last step too, so that `val_every` need not divide `max_steps`."""
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Lightning validates before a stop that was asked for, not before `max_steps`."""
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True
 
 
 class SaveOnInterrupt(Callback):

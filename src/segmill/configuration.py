@@ -50,7 +50,7 @@ def compose(command: str, overrides: Sequence[str]) -> DictConfig:
     chosen, values = _split(command, parsed, problems)
     base = _hydra(command, chosen, problems)
     fitting = [each for each in values if _key_exists(each, base, parsed, problems)]
-    config = _hydra(command, [*chosen, *(each.input_line or "" for each in fitting)], problems)
+    config = _hydra(command, [*chosen, *(_line(each) for each in fitting)], problems)
     problems += problems_in(config, KEYS.get(command))
     if problems:
         raise SegmillError(_paragraph(problems))
@@ -157,6 +157,13 @@ def _no_option(group: str, name: str) -> str:
     hint = suggestion(name, found)
     listed = "" if hint else f"; there are {', '.join(sorted(found))}"
     return f"{group}={name}: there is no such option in configs/{group}{hint}{listed}"
+
+
+def _line(override: Override) -> str:
+    """The override for Hydra; a mapping may bring new keys, which problems_in looks at later."""
+    line = override.input_line or ""
+    adds = override.is_add() or override.is_force_add() or override.is_delete()
+    return f"++{line}" if isinstance(override.value(), dict) and not adds else line
 
 
 def _key_exists(

@@ -36,6 +36,7 @@ from segmill.data.classes import Classes, read_classes
 from segmill.errors import SegmillError
 from segmill.inference import predict_label
 from segmill.models.discriminative import Discriminative
+from segmill.options import options, suggestion
 from segmill.protocol import Protocol
 from segmill.report.overlay import overlay
 
@@ -125,10 +126,11 @@ def open_segmenter(
                 f"variant's name, as in load('pspnet_r50-d8', weights={str(weights)!r})."
             )
         return _open_file(path)
-    if path.suffix or len(path.parts) > 1:
+    if path.suffix or len(path.parts) > 1 or path.name not in options("model"):
+        hint = suggestion(path.name, options("model"))
         raise SegmillError(
-            f"{path} does not exist. Give a run folder, a model.safetensors, or the name of a "
-            f"variant in configs/model/discriminative."
+            f"{path} does not exist{hint or '.'} Give a run folder, a model.safetensors, or the "
+            f"name of a variant in configs/model/discriminative."
         )
     return _build_variant(str(source), weights=weights, num_classes=num_classes)
 

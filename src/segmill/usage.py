@@ -60,7 +60,8 @@ def _groups(config: str) -> list[str]:
     """The groups of a root file with their options, read without a YAML parser."""
     text = (CONFIGS / f"{config}.yaml").read_text(encoding="utf-8")
     entries = [line.strip().removeprefix("- ") for line in text.splitlines() if "  - " in line]
-    names = [entry.partition(":")[0] for entry in entries if ":" in entry]
+    pairs = [entry.partition("#")[0].partition(":") for entry in entries]
+    names = [name for name, colon, _ in pairs if colon]
     if not names:
         return []
     lines = ["", "Groups"]

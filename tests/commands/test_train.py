@@ -212,3 +212,33 @@ def _state(folder: Path) -> dict[str, Tensor]:
     for index, moments in saved["optimizer_states"][0]["state"].items():
         state |= {f"moments {index} {name}": value for name, value in moments.items()}
     return state
+
+
+@pytest.mark.parametrize("val_every", [4, 100])
+def test_the_last_step_is_validated_whatever_val_every_is(tmp_path: Path, val_every: int) -> None:
+    folder = train_tiny(tmp_path, trainer__max_steps=6, trainer__val_every=val_every)
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    scored = [dict(zip(rows[0].split(","), row.split(","), strict=True)) for row in rows[1:]]
+    steps = [int(row["step"]) for row in scored if row["val/mIoU"]]
+    assert steps == ([3, 5] if val_every == 4 else [5])  # counted from 0
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 6
+    assert (folder / "best.ckpt").is_file()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": "nowhere.pth"},
+        {"data__batch_size": 3, "trainer__accumulate": 2},
+        {"trainer__val_every": 0},
+        {"trainer__max_steps": 0},
+    ],
+)
+def test_a_run_that_cannot_start_leaves_no_folder(tmp_path: Path, change: dict[str, Any]) -> None:
+    assert main(["train", *tiny_overrides(tmp_path, **change)]) == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_trial_run_writes_nothing(tmp_path: Path) -> None:
+    assert main(["train", *tiny_overrides(tmp_path, trainer__fast_dev_run="true")]) == 0
+    assert not (tmp_path / "runs").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,12 @@ from segmill.checkpoint.read import read_any
 from segmill.commands.evaluate import report, score
 from segmill.commands.plan import dry_run
 from segmill.commands.run_folder import new_run_folder, write_provenance
-from segmill.commands.trainer import LoggingSettings, TrainerSettings, build_trainer
+from segmill.commands.trainer import (
+    LoggingSettings,
+    TrainerSettings,
+    build_trainer,
+    world_size,
+)
 from segmill.configuration import Invocation, build
 from segmill.data.datamodule import SegmentationData
 from segmill.errors import SegmillError
@@ -50,16 +56,20 @@ def run(config: DictConfig, context: Invocation) -> None:
     if context.dry_run:
         dry_run(config, build_parts(config, evidence=Path("evidence"), start_step=0))
         return
-    folder = resume.parent if resume else new_run_folder(config.output_dir, run_name(config))
     start_step = 0 if resume is None else int(_header(resume)["global_step"])
-    parts = build_parts(config, evidence=folder / "evidence", start_step=start_step)
+    parts = build_parts(config, evidence=Path("evidence"), start_step=start_step)
+    if parts.settings.fast_dev_run:
+        with tempfile.TemporaryDirectory() as scratch:
+            fit(parts, config, Path(scratch), resume)
+        log.info("fast_dev_run: one step of training and validation went through.")
+        return
+    # Only now: a run that cannot be built leaves no folder behind.
+    folder = resume.parent if resume else new_run_folder(config.output_dir, run_name(config))
+    parts.module.evidence = folder / "evidence"
     if resume is None:
         write_provenance(folder, config, context.command)
     log.info("Run folder: %s\n%s", folder, parts.weights)
     trainer = fit(parts, config, folder, resume)
-    if parts.settings.fast_dev_run:
-        log.info("fast_dev_run: one step of training and validation went through.")
-        return
     scored = score(trainer, parts.segmenter, parts.data, split=parts.data.val_split)
     if trainer.is_global_zero:
         report(scored, folder)
@@ -95,6 +105,9 @@ def build_parts(config: DictConfig, *, evidence: Path, start_step: int) -> Parts
         accumulate=settings.accumulate,
         start_step=start_step,
     )
+    if settings.max_steps < 1:  # evaluation has none
+        raise SegmillError(f"trainer.max_steps={settings.max_steps} should be 1 or more.")
+    data.require_shares(world_size(settings))
     model: Discriminative = build(config.model)
     weights = f"{sum(p.numel() for p in model.network.parameters()):,} parameters, random start"
     if config.weights is not None:
@@ -146,7 +159,7 @@ def _resume_point(path: Path) -> Path:
     checkpoint = path / "last.ckpt" if path.is_dir() else path
     if not checkpoint.is_file():
         raise SegmillError(
-            f"resume={path}: no {checkpoint.name} there. Give a run folder that has a last.ckpt, "
+            f"resume={path}: {checkpoint} does not exist. Give a run folder that has a last.ckpt, "
             f"or start again without resume."
         )
     if "global_step" not in _header(checkpoint):

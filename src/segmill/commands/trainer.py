@@ -17,8 +17,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveragi
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from segmill.callbacks import DataTime, Progress, ProgressLines
+from segmill.callbacks import DataTime, Progress, ProgressLines, ScoreLastStep
 from segmill.commands.accounts import has_wandb_key
+from segmill.errors import SegmillError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,13 @@ class TrainerSettings:
     log_every: int
     progress: bool
     fast_dev_run: bool
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "val_every", "accumulate", "log_every"):
+            if getattr(self, name) < 1:
+                raise SegmillError(
+                    f"trainer.{name}={getattr(self, name)} should be a whole number from 1 on."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +147,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*It is recommended to use `self.log.*")
     # Workers are a key of the data set; many cores are no reason to change it.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*This DataLoader will create .* worker processes.*")
 
 
 def world_size(settings: TrainerSettings) -> int:
@@ -165,7 +174,7 @@ def _callbacks(settings: TrainerSettings, folder: Path) -> list[Callback]:
         enable_version_counter=False,
     )
     layout = Layout(channels_last=settings.channels_last, compiled=settings.compile)
-    callbacks: list[Callback] = [layout, DataTime(), best]
+    callbacks: list[Callback] = [layout, DataTime(), ScoreLastStep(), best]
     if settings.progress:
         callbacks.append(Progress() if _has_bar(settings) else ProgressLines())
     if settings.ema is not None:

@@ -93,13 +93,7 @@ class SegmentationData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Endless batches: image (B, C, H, W), label (B, H, W), valid (B, 2), jitter, name."""
-        world = _place()[1]
-        if self.batch_size % (world * self.accumulate):
-            raise DataError(
-                f"data.batch_size={self.batch_size} is global and cannot be shared by {world} "
-                f"process(es) x {self.accumulate} accumulated micro-batch(es). Set it to a "
-                f"multiple of {world * self.accumulate}."
-            )
+        self.require_shares(_place()[1])
         batches = StepBatches(
             batch=self.batch_size,
             accumulate=self.accumulate,
@@ -108,6 +102,15 @@ class SegmentationData(lightning.LightningDataModule):
         )
         stream = TrainStream(self._samples(self.train_split), self._transform, seed=self.seed)
         return self._loader(stream, train_batch, batch_sampler=batches)
+
+    def require_shares(self, world: int) -> None:
+        """Refuse a global batch that `world` processes cannot share evenly."""
+        if self.batch_size % (world * self.accumulate):
+            raise DataError(
+                f"data.batch_size={self.batch_size} is global and cannot be shared by {world} "
+                f"process(es) x {self.accumulate} accumulated micro-batch(es). Set it to a "
+                f"multiple of {world * self.accumulate}."
+            )
 
     def val_dataloader(self) -> DataLoader:
         """`eval_loader` of the validation split."""
