@@ -58,9 +58,8 @@ def run(config: DictConfig, context: Invocation) -> None:
     scored = score(trainer, segmenter, data, split=split)
     if trainer.is_global_zero:
         report(scored, folder)
-        log.info(
-            "Next: open %s, or segmill predict run=%s IMAGE", folder / "report.html", config.run
-        )
+        source = config.run or f"{config.model_name} weights={config.weights}"
+        log.info("Next: open %s, or segmill predict run=%s IMAGE", folder / "report.html", source)
 
 
 @dataclass(frozen=True)

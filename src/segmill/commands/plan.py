@@ -44,7 +44,7 @@ def plan(config: DictConfig, parts: Parts) -> dict[str, str]:
     rates = _rates(parts)
     return {
         "model": f"{config.model_name}: {count_parameters(network) / 1e6:.2f} M parameters, "
-        f"{flops / 1e9:.1f} GFLOPs at {height} x {width}",
+        f"{flops / 1e9:.3g} GFLOPs at {height} x {width}",
         "weights": parts.weights,
         "data": f"{data.name}: {images} training images, {len(data.classes)} classes",
         "global batch": f"{data.batch_size} = {world} device(s) x {share} image(s) x "
