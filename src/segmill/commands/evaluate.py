@@ -49,8 +49,8 @@ def run(config: DictConfig, context: Invocation) -> None:
         config.data, protocol=protocol, seed=config.seed, accumulate=1, start_step=0
     )
     split = config.split or data.val_split
-    data.dataset(split)  # a split that does not exist is refused before a folder is made
     segmenter = _segmenter(config, data, protocol)
+    data.dataset(split)  # a split that does not exist is refused before a folder is made
     folder = _result_folder(config, data, split, protocol)
     write_provenance(folder, config, context.command)
     settings: TrainerSettings = build(config.trainer)
