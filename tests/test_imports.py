@@ -36,6 +36,7 @@ LAYERS: list[tuple[str, int, set[str] | None]] = [
     ("models.layers", 2, TORCH_LIBRARIES),
     ("models.backbones.*", 2, TORCH_LIBRARIES),
     ("models.families.*", 3, TORCH_LIBRARIES),
+    ("models.guide_view", 3, TORCH_LIBRARIES),
     ("models.discriminative", 4, TORCH_LIBRARIES),
     ("models.generative.*", 4, TORCH_LIBRARIES),
     *((name, 5, TORCH_LIBRARIES) for name in ("models.*", "inference", "optim", "cost")),
