@@ -221,8 +221,9 @@ def _hydra(command: str, overrides: Sequence[str], problems: list[str]) -> DictC
     problems += _shadowed(choices)
     OmegaConf.set_struct(config, False)
     config.pop("hydra")
-    if "model" in choices and "model_name" in config:
-        config.model_name = str(choices.model).rpartition("/")[2]
+    for group, key in (("model", "model_name"), ("tta", "method_name")):
+        if group in choices and key in config:
+            config[key] = str(choices[group]).rpartition("/")[2]
     OmegaConf.set_struct(config, True)
     return config
 

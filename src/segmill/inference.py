@@ -68,6 +68,28 @@ def predict_label(
     return view.label(size)
 
 
+def label_of_logits(
+    logits: Float[Tensor, "1 K h w"],
+    content: tuple[int, int],
+    size: tuple[int, int],
+    protocol: Protocol,
+) -> Integer[Tensor, "1 H W"]:
+    """Classes at `size` of an image that was `content` large when the network saw it, whole."""
+    view = _View(
+        [logits],
+        [(0, 0)],
+        content,
+        content,
+        content,
+        mirrored=False,
+        align_corners=protocol.align_corners,
+    )
+    if view.is_one_resize(size):
+        label = upsample_argmax(logits.float(), size, align_corners=protocol.align_corners)
+        return label.to(_label_dtype(logits.shape[1]))
+    return view.label(size)
+
+
 def slide_logits(
     network: Network,
     image: Float[Tensor, "1 C H W"],

@@ -12,7 +12,7 @@ from pathlib import Path
 from segmill.paths import CONFIGS
 
 # A short option name is also looked for in these subfolders of its group.
-SUBFOLDERS = {"model": ("discriminative",)}
+SUBFOLDERS = {"model": ("discriminative",), "experiment": ("adapt",)}
 
 
 def config_folders() -> tuple[Path, ...]:

@@ -75,6 +75,29 @@ VERBS: dict[str, Verb] = {
             "weights=pspnet.pth",
         ),
     ),
+    "adapt": Verb(
+        module="segmill.commands.adapt",
+        config="adapt",
+        summary="adapt a model to corrupted images at test time, methods side by side",
+        usage="segmill adapt [tta=NAME] [run=RUN | weights=SOURCE] [data=NAME] [key=value ...]",
+        keys=(
+            ("tta=NAME", "the method; source runs beside it for comparison"),
+            ("methods=[A,B]", "several methods in one table"),
+            ("run=RUN", "a run of segmill train: the model that adapts"),
+            ("model/generative=NAME", "the guide; model.generative.weights=SOURCE its weights"),
+            ("data.corruptions=[A,B]", "a task for each; data.severities=[5]"),
+            ("tta.continual=true", "go on from task to task; default: each starts from the source"),
+            ("tta.forward_mode=discriminative_only", "no guide, no update"),
+            ("limit=N", "images of each task"),
+            ("resume=RUN", "go on with the tasks that an interrupted run has left"),
+        ),
+        examples=(
+            "CUDA_VISIBLE_DEVICES=0,1 segmill adapt data.data_root=data/ade20k_c",
+            "segmill adapt run=runs/my_run data=camvid_c methods=[bn,tent,dusa] "
+            "model/generative=sit_camvid model.generative.weights=runs/my_guide",
+            "segmill adapt trainer.fast_dev_run=true",
+        ),
+    ),
     "predict": Verb(
         module="segmill.commands.predict",
         config="predict",

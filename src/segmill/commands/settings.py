@@ -56,6 +56,32 @@ class EvalKeys:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdaptKeys:
+    """Root of configs/adapt.yaml."""
+
+    data: Any
+    model: Any
+    tta: Any
+    optimizer: Any
+    protocol: Any
+    trainer: Any
+    logging: Any
+    model_name: str | None
+    method_name: str | None
+    seed: int
+    run: str | None
+    weights: str | None
+    weights_may_miss: tuple[str, ...]
+    weights_may_leave: tuple[str, ...]
+    methods: Any
+    limit: int | None
+    pictures: int
+    resume: str | None
+    output_dir: str
+    experiment: ExperimentSettings
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictKeys:
     """Root of configs/predict.yaml."""
 
@@ -93,6 +119,7 @@ class DemoKeys:
 KEYS: dict[str, type] = {
     "train": TrainKeys,
     "eval": EvalKeys,
+    "adapt": AdaptKeys,
     "predict": PredictKeys,
     "data_check": DataCheckKeys,
     "demo": DemoKeys,

@@ -131,7 +131,7 @@ def build_trainer(
         fast_dev_run=settings.fast_dev_run,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # the data module hands out each rank's samples itself
-        logger=_loggers(logging_settings, folder),
+        logger=build_loggers(logging_settings, folder, group=None),
         callbacks=[*_callbacks(settings, folder), *extra_callbacks],
         default_root_dir=folder,
     )
@@ -195,14 +195,23 @@ def _has_bar(settings: TrainerSettings) -> bool:
     return settings.progress and sys.stdout.isatty()
 
 
-def _loggers(settings: LoggingSettings, folder: Path) -> list[Logger]:
+def build_loggers(settings: LoggingSettings, folder: Path, *, group: str | None) -> list[Logger]:
+    """metrics.csv, and what the settings add; `group` puts several runs together in W&B."""
     _keep_older_metrics(folder)
     loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
     if settings.tensorboard:
         loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
     if settings.wandb.enabled:
-        loggers.append(_wandb(settings.wandb, folder))
+        loggers.append(_wandb(settings.wandb, folder, group))
     return loggers
+
+
+def finish_loggers(loggers: Sequence[Logger]) -> None:
+    """Write everything, and end the W&B run so that the next one can begin in this process."""
+    for logger in loggers:
+        logger.finalize("success")
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
 
 
 def _keep_older_metrics(folder: Path) -> None:
@@ -212,10 +221,11 @@ def _keep_older_metrics(folder: Path) -> None:
         metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv'))) + 1}.csv")
 
 
-def _wandb(settings: WandbSettings, folder: Path) -> WandbLogger:
+def _wandb(settings: WandbSettings, folder: Path, group: str | None) -> WandbLogger:
     online = settings.mode == "online" or (settings.mode == "auto" and has_wandb_key())
     return WandbLogger(
-        name=folder.name,
+        name=folder.name if group is None else f"{group}_{folder.name}",
+        group=group,
         save_dir=folder,
         project=settings.project,
         entity=settings.entity,

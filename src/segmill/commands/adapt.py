@@ -1,0 +1,134 @@
+"""`segmill adapt`: methods side by side on corrupted images, same order, seed and checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from segmill.commands.adapt_parts import AdaptParts, build_adapt_parts
+from segmill.commands.adapt_report import Pictures, write_results
+from segmill.commands.adapt_rows import Row, rows_of, saved_rows
+from segmill.commands.ranks import WatchRanks
+from segmill.commands.run_folder import new_run_folder, write_provenance
+from segmill.commands.trainer import LoggingSettings, build_loggers, finish_loggers
+from segmill.configuration import Invocation, build
+from segmill.data.tasks import Task
+from segmill.errors import SegmillError
+from segmill.tta.log import TaskLog
+from segmill.tta.results import MethodResult, TaskResult, load_task, save_task
+
+log = logging.getLogger(__name__)
+
+
+def run(config: DictConfig, context: Invocation) -> None:
+    """Adapt by every method of the comparison; leaves tables, a report and what was logged."""
+    resumed = None if config.resume is None else Path(config.resume)
+    if resumed is None:
+        rows = rows_of(config, context)
+    else:
+        config, rows = saved_rows(resumed, context)
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    parts = build_adapt_parts(config)
+    if parts.settings.fast_dev_run:
+        _fast_dev_run(parts, rows)
+        return
+    folder = resumed or new_run_folder(config.output_dir, run_name(config))
+    parts.module.evidence = folder / "evidence"
+    if resumed is None and parts.is_first_process:
+        config.methods = list(rows)
+        write_provenance(folder, config, context.command)
+        for row in rows.values():
+            path = folder / row.name / "config.yaml"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(OmegaConf.to_yaml(row.config, resolve=True), encoding="utf-8")
+    log.info("Run folder: %s\n%s", folder, parts.summary())
+    pictures = Pictures(parts.data, count=config.pictures)
+    results = [_adapt(row, parts, folder, pictures) for row in rows.values()]
+    if parts.is_first_process:
+        write_results(folder, results, parts, pictures, context.command)
+        log.info("Next: open %s", folder / "report.html")
+
+
+def run_name(config: DictConfig) -> str:
+    """`experiment.name`, else method, data and seed."""
+    if config.experiment.name is not None:
+        return str(config.experiment.name)
+    return f"adapt_{config.method_name}_{config.data.name}_seed{config.seed}"
+
+
+def _adapt(row: Row, parts: AdaptParts, folder: Path, pictures: Pictures) -> MethodResult:
+    """All tasks of one method, in order; a finished task of an interrupted run is read."""
+    own = folder / row.name
+    tasks = parts.streams(mixed=row.tta.mixed)
+    done = _finished(own, tasks, independent=not row.tta.continual)
+    loggers: list[Logger] = []
+    if len(done) < len(tasks) and parts.is_first_process:
+        loggers = build_loggers(build(row.config.logging), own, group=folder.name)
+    parts.begin(row)
+    found = list(done)
+    for task in tasks[len(done) :]:
+        if not row.tta.continual:
+            parts.module.reset()
+        first = sum(len(each.names) for each in found)
+        found.append(_fit(row, parts, task, first, loggers, pictures, own))
+        if parts.is_first_process:
+            save_task(own, found[-1])
+    finish_loggers(loggers)
+    return MethodResult(name=row.name, tasks=tuple(found), order=parts.data.order_hash())
+
+
+def _fit(
+    row: Row,
+    parts: AdaptParts,
+    task: Task,
+    first: int,
+    loggers: list[Logger],
+    pictures: Pictures,
+    folder: Path,
+) -> TaskResult:
+    """One Trainer for one task."""
+    module = parts.module
+    module.task = task
+    module.on_image = pictures.keep_for(row.name, task)
+    every = parts.settings.log_every
+    callbacks = [
+        WatchRanks(),
+        TaskLog(task, first=first, every=every, loggers=loggers, line=f"{row.name}  {task.name}"),
+    ]
+    trainer = parts.settings.trainer(folder, epochs=row.tta.max_epochs, callbacks=[*callbacks])
+    loader = parts.loader(task, mixed=row.tta.mixed)
+    trainer.fit(module, train_dataloaders=loader)
+    return module.record.result(
+        task=task.name, corruption=task.corruption, severity=task.severity
+    )
+
+
+def _finished(folder: Path, tasks: Sequence[Task], *, independent: bool) -> list[TaskResult]:
+    """Results on disk; a continual run starts again unless it got through, as weights are gone."""
+    found: list[TaskResult] = []
+    for task in tasks:
+        result = load_task(folder, task.name)
+        if result is None:
+            break
+        found.append(result)
+    return found if independent or len(found) == len(tasks) else []
+
+
+def _fast_dev_run(parts: AdaptParts, rows: dict[str, Row]) -> None:
+    """One image of the first task for every method; nothing is written."""
+    with tempfile.TemporaryDirectory() as scratch:
+        pictures = Pictures(parts.data, count=0)
+        for row in rows.values():
+            parts.begin(row)
+            task = parts.streams(mixed=row.tta.mixed)[0]
+            result = _fit(row, parts, task, 0, [], pictures, Path(scratch))
+            log.info("%s: loss %.4f, %.2f seconds", row.name, result.loss, result.seconds)
+    log.info("fast_dev_run: one image went through every method.")

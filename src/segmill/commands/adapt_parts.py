@@ -1,0 +1,173 @@
+"""What an adaptation is made of, built once from its configuration and shared by all methods."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torch.utils.data import DataLoader
+
+from segmill.checkpoint.load import find_file, load_weights
+from segmill.commands.adapt_rows import Row
+from segmill.commands.adapt_trainer import AdaptTrainerSettings
+from segmill.configuration import build
+from segmill.data.task_data import TaskData
+from segmill.data.tasks import Task
+from segmill.errors import SegmillError
+from segmill.models.combined import CombinedModel
+from segmill.models.discriminative import Discriminative
+from segmill.protocol import Protocol
+from segmill.segmenter import open_segmenter
+from segmill.tta.module import TTAModule
+
+MIXED = Task(index=1, corruption="mixed", severity=0)
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class AdaptParts:
+    """Data, models and the module that adapts them."""
+
+    data: TaskData
+    model: CombinedModel
+    module: TTAModule
+    settings: AdaptTrainerSettings
+    protocol: Protocol
+    limit: int | None
+
+    @property
+    def is_first_process(self) -> bool:
+        """Whether this process writes files."""
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+
+    def streams(self, *, mixed: bool) -> list[Task]:
+        """What is adapted to, one after the other: the tasks, or all of them as one."""
+        return [MIXED] if mixed else list(self.data.tasks)
+
+    def loader(self, task: Task, *, mixed: bool) -> DataLoader:
+        """The images of a task, of all tasks shuffled together when `mixed`."""
+        limit = 1 if self.settings.fast_dev_run else self.limit
+        return self.data.loader(self.data.tasks if mixed else [task], limit=limit)
+
+    def begin(self, row: Row) -> None:
+        """Take up the row's method with its settings of the update and the loss."""
+        self.model.update = build(row.config.model.update)
+        self.model.loss = build(row.config.model.loss)
+        method = build(row.config.tta.method, model=self.model)
+        optimizer = None if row.config.optimizer is None else build(row.config.optimizer)
+        self.module.predict = row.tta.predict
+        self.module.begin(method, optimizer, batch_statistics=row.tta.batch_statistics)
+
+    def summary(self) -> str:
+        """What runs where, in two lines."""
+        discriminative = _count(self.model.discriminative)
+        guide = self.model.generative
+        guided = "no guide" if guide is None else f"guide {_count(guide.network):,} parameters"
+        tasks, each = len(self.data.tasks), len(self.data.dataset(self.data.tasks[0]))
+        images = each if self.limit is None else min(self.limit, each)
+        place = f"{self.settings.processes} x {'GPU' if self.settings.on_gpu else 'CPU'}"
+        return (
+            f"Model {discriminative:,} parameters, {guided}, {place}, {self.settings.precision}.\n"
+            f"{tasks} tasks of {images} images, order {self.data.order_hash()}."
+        )
+
+
+def build_adapt_parts(config: DictConfig) -> AdaptParts:
+    """Build everything; what is missing on this machine is said all at once."""
+    settings: AdaptTrainerSettings = build(config.trainer)
+    protocol: Protocol = build(config.protocol)
+    if protocol.pad_divisor is not None:
+        raise SegmillError(
+            f"protocol.pad_divisor={protocol.pad_divisor}: adaptation takes images as they are. "
+            "Set protocol.pad_divisor=null, or protocol.multiple to stretch them."
+        )
+    guided = config.tta.forward_mode == "tta"
+    _refuse_missing(config, guided=guided)
+    data: TaskData = build(config.data, protocol=protocol, seed=config.seed)
+    extra: dict[str, Any] = {"discriminative": _discriminative(config, data)}
+    if not guided:
+        extra["generative"] = None
+    model: CombinedModel = build(config.model, **extra)
+    module = TTAModule(
+        model=model,
+        protocol=protocol,
+        num_classes=len(data.classes),
+        seed=config.seed,
+        predict=config.tta.predict,
+        compiled=settings.compile,
+        evidence=Path("evidence"),
+    )
+    return AdaptParts(data, model, module, settings, protocol, config.limit)
+
+
+def _refuse_missing(config: DictConfig, *, guided: bool) -> None:
+    """Data, weights and guide are looked for together: one answer instead of three tries."""
+    missing: list[str] = []
+
+    def look(check: Callable[[], Any]) -> None:
+        try:
+            check()
+        except SegmillError as error:
+            missing.append(str(error))
+
+    look(lambda: build(config.data, protocol=build(config.protocol), seed=config.seed))
+    if config.run is None and config.weights is None:
+        missing.append(
+            "There is no model to adapt: give run=runs/NAME, or weights=FILE for "
+            "model/discriminative=NAME."
+        )
+    elif config.run is None and config.weights != RANDOM:
+        look(lambda: find_file(config.weights))
+    if guided:
+        node = config.model.generative
+        target: Any = build({"_target_": node["_target_"], "_partial_": True}).func
+        missing += target.missing(**{k: v for k, v in node.items() if k != "_target_"})
+    if len(missing) == 1:
+        raise SegmillError(missing[0])
+    if missing:
+        lines = "\n".join(f"  {number}. {each}" for number, each in enumerate(missing, start=1))
+        raise SegmillError(f"{len(missing)} things are missing here; nothing was started.\n{lines}")
+
+
+def _discriminative(config: DictConfig, data: TaskData) -> Discriminative:
+    if config.run is not None:
+        segmenter = open_segmenter(config.run)
+        if len(segmenter.classes) != len(data.classes):
+            raise SegmillError(
+                f"run={config.run} has {len(segmenter.classes)} classes, data={data.name} has "
+                f"{len(data.classes)}. Choose the data set that the model was trained for."
+            )
+        return segmenter.model
+    model: Discriminative = build(config.model.discriminative)
+    if config.weights == RANDOM:
+        _draw(model.network)
+    else:
+        load_weights(
+            model.network,
+            config.weights,
+            may_miss=tuple(config.weights_may_miss),
+            may_leave=tuple(config.weights_may_leave),
+        )
+    return model.eval()
+
+
+def _draw(network: nn.Module) -> None:
+    """Values that depend on the parameter's name only, so that every process has the same."""
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.dim() > 1:
+                digest = sha256(name.encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+                fan_in = parameter[0].numel()
+                parameter.normal_(0.0, fan_in**-0.5, generator=generator)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

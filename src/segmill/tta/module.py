@@ -1,0 +1,211 @@
+"""TTAModule: one image at a time through an adaptation method, scored before the update.
+
+It knows no model: a method says which parameters it updates and what its loss is. One module
+serves all methods and tasks; `begin` chooses the method and starts from the source's weights.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from segmill.data.tasks import Task
+from segmill.errors import SegmillError
+from segmill.evidence import write_evidence
+from segmill.inference import label_of_logits
+from segmill.models.combined import CombinedModel
+from segmill.optim import OptimizerSettings
+from segmill.protocol import Protocol
+from segmill.tta.batch_statistics import BatchStatistics
+from segmill.tta.method import Method, Views
+from segmill.tta.record import TaskRecord
+from segmill.tta.sharding import Snapshot, compile_blocks, shard, world_size
+
+
+class TTAModule(lightning.LightningModule):
+    """Adapts `model` to the images of one task after another; a Trainer fits it once for each.
+
+    Batches are those of `TaskData.loader`: one image. `on_image(index, label)` is called with the
+    prediction for every image, which is how pictures for a report are kept.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: CombinedModel,
+        protocol: Protocol,
+        num_classes: int,
+        seed: int,
+        predict: Literal["before", "after"],
+        compiled: bool,
+        evidence: Path,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.protocol, self.num_classes, self.seed = protocol, num_classes, seed
+        self.predict, self.compiled, self.evidence = predict, compiled, evidence
+        self.on_image: Callable[[int, Tensor], None] = _ignore
+        self.task: Task | None = None
+        self._configured = False
+        self._method: Method | None = None
+        self._settings: OptimizerSettings | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._statistics: BatchStatistics | None = None
+        self._snapshot: Snapshot | None = None
+
+    @property
+    def method(self) -> Method:
+        """The method that adapts at present."""
+        if self._method is None:
+            raise ValueError("TTAModule has no method yet; call begin() first.")
+        return self._method
+
+    def begin(
+        self, method: Method, optimizer: OptimizerSettings, *, batch_statistics: bool
+    ) -> None:
+        """Go on with another method; the weights are the source's, whatever the last one did."""
+        if self._snapshot is not None:
+            self.reset()
+            self._snapshot = None
+        if self._statistics is not None:
+            self._statistics.undo()
+        self._statistics = None
+        if batch_statistics:
+            self._statistics = BatchStatistics(self.model.discriminative)
+            self._statistics.apply()
+        self._method, self._settings, self._optimizer = method, optimizer, None
+
+    def reset(self) -> None:
+        """Weights bit for bit as before the first task, no optimizer state, no memory."""
+        if self._snapshot is not None:
+            self._snapshot.restore()
+        self.method.reset()
+        self._optimizer = None
+
+    def configure_model(self) -> None:
+        """Compile, shard and load once, with the first Trainer; later ones find it done."""
+        if self._configured:
+            return
+        guide = self.model.generative
+        if guide is not None and self.compiled:
+            compile_blocks(guide.blocks())
+        mesh = self._device_mesh
+        if mesh is not None and world_size() > 1:
+            over = mesh["data_parallel"]
+            network: nn.Module = self.model.discriminative.network
+            # Gathered at once: 85 M weights take a millisecond, the hooks of 52 blocks many. Their
+            # type stays, BatchNorm takes no mixed ones: autocast alone decides here.
+            shard(network, (), over, compute_dtype=None)
+            if guide is not None:
+                mixed = self.trainer.precision == "bf16-mixed"
+                dtype = torch.bfloat16 if mixed else None
+                shard(guide.network, guide.blocks(), over, compute_dtype=dtype)
+        if guide is not None:
+            guide.fill(self.trainer.strategy.root_device)
+        self._configured = True
+
+    def configure_optimizers(self) -> torch.optim.Optimizer | None:
+        """An optimizer of what the method updates; a continual run goes on with the one it has."""
+        updated = self.method.parameters_to_update()
+        chosen = {id(parameter) for parameter in updated.values()}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in chosen)
+        if self._snapshot is None:
+            buffers = dict(self.model.discriminative.named_buffers(prefix="discriminative"))
+            self._snapshot = Snapshot({**updated, **buffers})
+        if updated and self._optimizer is None:
+            assert self._settings is not None
+            self._optimizer = self._settings.build(self.model)
+        return self._optimizer
+
+    def on_train_start(self) -> None:
+        """Adaptation runs in eval mode: no dropout, no drop path, no moving averages."""
+        self.eval()
+
+    def on_train_epoch_start(self) -> None:
+        """Count anew: of several epochs the last one is what is reported."""
+        self.record = TaskRecord(
+            num_classes=self.num_classes,
+            ignore_index=self.protocol.ignore_index,
+            device=self.device,
+        )
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Adapt to one image, and count its prediction from before (or after) the update."""
+        started = self._now()
+        views = Views(image=batch["image"], original=batch["original"])
+        generator = torch.Generator(self.device).manual_seed(self._draw_seed(batch_idx))
+        logits, loss = self.method.adapt(views, _Updater(self), generator)
+        if self.predict == "after":
+            with torch.no_grad():
+                logits = self.method.predict(views)
+        height, width = batch["label"].shape[1:]
+        content = views.image.shape[2], views.image.shape[3]
+        pred = label_of_logits(logits, content, (height, width), self.protocol)
+        value = float(loss)
+        if not math.isfinite(value):
+            self._stop(value, batch)
+        seconds = self._now() - started
+        self.record.add(batch["name"], pred, batch["label"], loss=value, seconds=seconds)
+        self.on_image(batch_idx, pred)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _draw_seed(self, batch_idx: int) -> int:
+        """The same on every process; another one for every task, epoch and image."""
+        task = 0 if self.task is None else self.task.index
+        words = [self.seed, task, self.current_epoch, batch_idx]
+        return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+    def _stop(self, loss: float, batch: dict[str, Any]) -> None:
+        folder = self.evidence / f"rank{self.global_rank}"
+        write_evidence(
+            folder,
+            step=len(self.record.names),
+            terms={"loss": loss},
+            names=[batch["name"]],
+            gradient_norms={},
+            images=batch["original"].cpu().numpy(),
+            labels=batch["label"].cpu().numpy(),
+        )
+        raise SegmillError(
+            f"The loss of image {batch['name']} (number {len(self.record.names) + 1} of its task) "
+            f"is {loss}. The image is kept in {folder}. Usual causes: optimizer.learning_rate is "
+            "too high for this model, or the guide's weights are not what model.generative says."
+        )
+
+
+class _Updater:
+    """The optimizer of a TTAModule, through Lightning's precision and strategy."""
+
+    def __init__(self, module: TTAModule) -> None:
+        self._module = module
+
+    def backward(self, loss: Float[Tensor, ""]) -> None:
+        self._module.manual_backward(loss)
+
+    def step(self) -> None:
+        optimizer: Any = self._module.optimizers()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def zero_grad(self) -> None:
+        optimizer: Any = self._module.optimizers()
+        optimizer.zero_grad()
+
+
+def _ignore(index: int, label: Tensor) -> None:  # noqa: ARG001
+    """Keep no picture."""
