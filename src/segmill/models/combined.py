@@ -1,32 +1,28 @@
-"""CombinedModel: a discriminative model, a generative guide, and the loss that joins them.
+"""CombinedModel: a discriminative model and the generative guide that helps to adapt it.
 
-The score of an image is the mean of its class-conditional scores under p(class | image); so are
-the predictions of a guide, which are affine in the score. With the discriminative model's
-probabilities in the place of p this is a loss for both models (DUSA, NeurIPS 2024):
-
-    mean over latent pixels of || target - sum_k p_k(image) * prediction(noisy latent, t, k) ||^2
-
-One time, one noise. Nothing here calls backward; tta/ does.
+It answers what a step of adaptation asks (noisy windows, their classes and weights, predictions,
+losses) and never calls backward; tta/ does.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Self
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 from segmill.errors import SegmillError
-from segmill.models.class_sets import ClassSets, class_sets
 from segmill.models.class_split import ClassSplit
 from segmill.models.discriminative import Discriminative
 from segmill.models.generative.guide import Guide
+from segmill.models.joint_loss import JointLoss, mean_prediction
 from segmill.optim import NORMS
 
 log = logging.getLogger(__name__)
+
+DISCRIMINATIVE, GENERATIVE = PARTS = ("discriminative.network.", "generative.network.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,121 +32,6 @@ class Update:
     discriminative: bool
     generative: bool
     update_norm_only: bool  # of both: only the parameters of normalisation layers
-
-    def names(self, model: nn.Module) -> list[str]:
-        """Names of the trainable parameters of a CombinedModel that are to be updated."""
-        prefixes = [
-            *(["discriminative."] if self.discriminative else []),
-            *(["generative.network."] if self.generative else []),
-        ]
-        norms = {
-            id(parameter)
-            for layer in model.modules()
-            if is_norm(layer)
-            for parameter in layer.parameters(recurse=False)
-        }
-        return [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-            and name.startswith(tuple(prefixes))
-            and (id(parameter) in norms or not self.update_norm_only)
-        ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class JointLoss:
-    """Settings of the loss, and its parts as functions of tensors at latent resolution."""
-
-    topk: int  # classes of each latent pixel that enter the window's class set
-    classes_threshold: int  # largest class set of a window
-    min_classes: int  # smaller sets are filled up by drawing
-    temperature: float
-    logits: Literal["normed", "raw"]  # normed: unit length over the classes
-    mask_reduction: Literal["valid", "all"]  # what the mean over elements counts
-    timestep_range: tuple[float, float]  # share of noise, drawn uniformly
-    class_chunk: int | None  # classes a forward pass; null: all
-    windows_at_once: int | None  # windows a forward and backward pass; null: all
-    buckets: tuple[int, ...]  # class counts are rounded up to one of these
-
-    def __post_init__(self) -> None:
-        positive = [self.topk, self.classes_threshold, *self.buckets]
-        positive += [each for each in (self.class_chunk, self.windows_at_once) if each is not None]
-        if min(positive) < 1 or self.temperature <= 0:
-            raise SegmillError(
-                "model.loss: topk, classes_threshold, class_chunk, windows_at_once, buckets and "
-                f"temperature are above 0; found {self}."
-            )
-        if not 0 <= self.min_classes <= self.classes_threshold:
-            raise SegmillError(
-                f"model.loss.min_classes={self.min_classes} is not between 0 and "
-                f"model.loss.classes_threshold={self.classes_threshold}."
-            )
-        if len(self.timestep_range) != 2 or not (
-            0 <= self.timestep_range[0] <= self.timestep_range[1] <= 1
-        ):
-            raise SegmillError(
-                f"model.loss.timestep_range={list(self.timestep_range)}: give the smallest and "
-                "the largest share of noise, between 0 (data) and 1 (noise); equal = fixed."
-            )
-
-    def scaled(self, logits: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
-        """The logits as they enter class sets and weights, at the network's own stride."""
-        if self.logits == "raw":
-            return logits.float()
-        return F.normalize(logits.float(), dim=1)
-
-    def class_sets(
-        self,
-        window_logits: Float[Tensor, "N K h w"],
-        generator: torch.Generator,
-        split: ClassSplit,
-    ) -> ClassSets:
-        """Classes of each window under these settings."""
-        return class_sets(
-            window_logits,
-            topk=self.topk,
-            max_classes=self.classes_threshold,
-            min_classes=self.min_classes,
-            buckets=self.buckets,
-            generator=generator,
-            split=split,
-        )
-
-    def weights(
-        self, window_logits: Float[Tensor, "N K h w"], sets: ClassSets
-    ) -> Float[Tensor, "N M h w"]:
-        """Probabilities of a window's classes at every latent pixel; 0 for padding."""
-        _, _, height, width = window_logits.shape
-        classes = sets.classes[:, :, None, None].expand(-1, -1, height, width)
-        chosen = window_logits.gather(1, classes).float() / self.temperature
-        padding = ~sets.valid[:, :, None, None]
-        return chosen.masked_fill(padding, -torch.inf).softmax(dim=1)
-
-    def draw_t(self, count: int, generator: torch.Generator) -> Float[Tensor, " N"]:
-        """Times, one for each window."""
-        low, high = self.timestep_range
-        return low + (high - low) * torch.rand(count, generator=generator, device=generator.device)
-
-    def losses(
-        self,
-        predicted: Float[Tensor, "N C h w"],
-        target: Float[Tensor, "N C h w"],
-        mask: Bool[Tensor, "N h w"],
-    ) -> Float[Tensor, " N"]:
-        """Mean squared error of each window."""
-        inside = mask[:, None].float()
-        squared = ((predicted - target) * inside).square()
-        if self.mask_reduction == "all":
-            return squared.mean(dim=(1, 2, 3))
-        return squared.sum(dim=(1, 2, 3)) / (inside.sum(dim=(1, 2, 3)) * target.shape[1])
-
-
-def mean_prediction(
-    weights: Float[Tensor, "N M h w"], predictions: Float[Tensor, "N M C h w"]
-) -> Float[Tensor, "N C h w"]:
-    """Sum over classes of weight times prediction, in float32 whatever autocast says."""
-    return (weights[:, :, None] * predictions.float()).sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -199,7 +80,8 @@ class Windows:
 class CombinedModel(nn.Module):
     """A model to adapt and, unless `generative` is null, the guide that helps.
 
-    Weights that are trainable when this is built are those that `update` chooses from.
+    `update` and `loss` may be exchanged between two runs. What `update` chooses from are the
+    weights that are trainable when this is built.
     """
 
     def __init__(
@@ -213,21 +95,15 @@ class CombinedModel(nn.Module):
         super().__init__()
         self.discriminative, self.generative = discriminative, generative
         self.update, self.loss = update, loss
-        self._updated = frozenset(update.names(self))
-        self.updates_discriminative = self._updates("discriminative.")
-        self.updates_generative = self._updates("generative.")
-        if generative is None:
-            return
-        if update.generative and not self.updates_generative:
-            log.warning(
-                "model.update.generative=true has no effect: with update_norm_only=true there is "
-                "nothing to update, as the guide's normalisation layers have no weights."
+        trainable = [name for name, each in self.named_parameters() if each.requires_grad]
+        norms = norm_parameters(self)
+        self._trainable = {
+            part: (
+                frozenset(name for name in trainable if name.startswith(part)),
+                frozenset(name for name in trainable if name.startswith(part) and name in norms),
             )
-        if loss.topk > generative.num_classes:
-            raise SegmillError(
-                f"model.loss.topk={loss.topk}, but the guide knows {generative.num_classes} "
-                "classes. Choose a smaller one."
-            )
+            for part in PARTS
+        }
 
     @property
     def guide(self) -> Guide:
@@ -245,17 +121,41 @@ class CombinedModel(nn.Module):
         """The discriminative model's logits."""
         return self.discriminative(image)
 
+    @property
+    def updates_discriminative(self) -> bool:
+        """Whether the discriminative model has weights to update."""
+        return bool(self._chosen(DISCRIMINATIVE))
+
+    @property
+    def updates_generative(self) -> bool:
+        """Whether the guide has weights to update."""
+        return bool(self._chosen(GENERATIVE))
+
     def parameters_to_update(self) -> dict[str, nn.Parameter]:
-        """What `update` chooses; empty where it says that nothing is updated."""
+        """What `update` chooses, by name; empty where it says that nothing is updated."""
+        chosen = self._chosen(DISCRIMINATIVE) | self._chosen(GENERATIVE)
         guided = self.update.generative and self.generative is not None
-        if (self.update.discriminative or guided) and not self._updated:
+        if not chosen and (self.update.discriminative or guided):
             raise SegmillError(
                 f"Nothing to update: model.update.discriminative={self.update.discriminative}, "
                 f"model.update.generative={self.update.generative}, model.update.update_norm_only="
                 f"{self.update.update_norm_only}, and no normalisation layer there has weights. "
                 "Set model.update.update_norm_only=false."
             )
-        return {name: each for name, each in self.named_parameters() if name in self._updated}
+        return {name: each for name, each in self.named_parameters() if name in chosen}
+
+    def check_guided(self) -> None:
+        """Refuse settings under which the joint loss cannot work, before anything starts."""
+        if self.loss.topk > self.guide.num_classes:
+            raise SegmillError(
+                f"model.loss.topk={self.loss.topk}, but the guide knows {self.guide.num_classes} "
+                "classes. Choose a smaller one."
+            )
+        if self.update.generative and not self.updates_generative:
+            log.warning(
+                "model.update.generative=true has no effect: with update_norm_only=true there is "
+                "nothing to update, as the guide's normalisation layers have no weights."
+            )
 
     def noisy_windows(
         self,
@@ -320,13 +220,24 @@ class CombinedModel(nn.Module):
         own = mean_prediction(split.share(windows.weights), predictions)
         return self.loss.losses(split.total(own), windows.target, windows.mask)
 
-    def _updates(self, prefix: str) -> bool:
-        return any(name.startswith(prefix) for name in self._updated)
+    def _chosen(self, part: str) -> frozenset[str]:
+        """Names of the weights of one part that `update` chooses."""
+        every, norms = self._trainable[part]
+        if not {DISCRIMINATIVE: self.update.discriminative, GENERATIVE: self.update.generative}[
+            part
+        ]:
+            return frozenset()
+        return norms if self.update.update_norm_only else every
 
 
-def is_norm(layer: nn.Module) -> bool:
-    """Whether the layer normalises, by its type: adaptive layers' projections do not.
+def norm_parameters(module: nn.Module) -> set[str]:
+    """Names of the parameters of normalisation layers, by type: no projection is one.
 
     diffusers and transformers have RMSNorm classes of their own.
     """
-    return isinstance(layer, (*NORMS, nn.RMSNorm)) or type(layer).__name__ == "RMSNorm"
+    return {
+        f"{prefix}.{name}"
+        for prefix, layer in module.named_modules()
+        if isinstance(layer, (*NORMS, nn.RMSNorm)) or type(layer).__name__ == "RMSNorm"
+        for name, _ in layer.named_parameters(recurse=False)
+    }

@@ -25,6 +25,7 @@ class DusaU:
     """
 
     def __init__(self, *, model: CombinedModel, step: Literal["image", "window"]) -> None:
+        model.check_guided()
         self.model = model
         self.step: Literal["image", "window"] = step
 
