@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from segmill.checkpoint.keys import Prefix, Rule, apply_rules
 from segmill.checkpoint.read import CheckpointError, read_checkpoint
@@ -55,8 +56,17 @@ def load_arrays(
     report.raise_unless_allowed(may_miss, may_leave)
     state = module.state_dict()
     for name in report.loaded:
-        state[name].copy_(_as_tensor(renamed[name]))
+        copy_into(state[name], _as_tensor(renamed[name]))
     return report.excuse(may_miss, may_leave)
+
+
+def copy_into(target: Tensor, value: Tensor) -> None:
+    """Copy in place; of a sharded target every process takes its own part, without messages."""
+    value = value.to(target.device)
+    if isinstance(target, DTensor):
+        mesh, placements = target.device_mesh, target.placements
+        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+    target.copy_(value)
 
 
 def choose_rules(module: nn.Module, arrays: Mapping[str, Array]) -> tuple[str, tuple[Rule, ...]]:
@@ -110,7 +120,7 @@ def find_file(source: str | Path) -> Path:
     path = Path(source)
     if path.is_dir() and not (path / ".metadata").is_file():
         return _file_of_run(path)
-    if not path.exists() and _looks_like_hub_id(str(source)):
+    if not path.exists() and looks_like_hub_id(str(source)):
         from segmill.checkpoint.pretrained import hub_file  # see load_weights
 
         return hub_file(str(source))
@@ -166,7 +176,8 @@ def _file_of_run(folder: Path) -> Path:
     return weights
 
 
-def _looks_like_hub_id(source: str) -> bool:
+def looks_like_hub_id(source: str) -> bool:
+    """Whether the text has the form `owner/name`."""
     owner, slash, name = source.partition("/")
     plain = all(part.strip("._-") == part and part for part in (owner, name))
     is_file = Path(name).suffix in (".pth", ".pt", ".ckpt", ".safetensors", ".bin", ".tar", ".pkl")

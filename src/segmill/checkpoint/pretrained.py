@@ -5,6 +5,7 @@ A file that is in the local cache is used without asking the network.
 
 import socket
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 from urllib.parse import urlsplit
@@ -32,25 +33,29 @@ class TimmBackbone(Protocol):
     in_channels: int
 
 
-def hub_file(repository: str) -> Path:
-    """The weights' file of a hub repository, from the cache or downloaded into it."""
-    for name in FILES:
+def hub_file(repository: str, names: Sequence[str] = FILES) -> Path:
+    """The weights' file of a hub repository, from the cache or downloaded into it.
+
+    `names` are the paths in the repository that it may have, the preferred one first.
+    """
+    for name in names:
         cached = huggingface_hub.try_to_load_from_cache(repository, name)
         if isinstance(cached, str):
             return Path(cached)
     if huggingface_hub.constants.HF_HUB_OFFLINE or not _reachable():
-        raise CheckpointError(_how_to_copy(repository, "the hub cannot be reached from here"))
-    for name in FILES:
+        reason = "the hub cannot be reached from here"
+        raise CheckpointError(_how_to_copy(repository, names, reason))
+    for name in names:
         try:
             return Path(huggingface_hub.hf_hub_download(repository, name))
         except huggingface_hub.errors.LocalEntryNotFoundError as error:
-            raise CheckpointError(_how_to_copy(repository, "the download failed")) from error
+            raise CheckpointError(_how_to_copy(repository, names, "the download failed")) from error
         except huggingface_hub.errors.EntryNotFoundError:
             continue
         except huggingface_hub.errors.HfHubHTTPError as error:
             reason = f"the hub refused it ({error!s:.160})"
-            raise CheckpointError(_how_to_copy(repository, reason)) from error
-    raise CheckpointError(f"{repository} on the hub has neither {' nor '.join(FILES)}.")
+            raise CheckpointError(_how_to_copy(repository, names, reason)) from error
+    raise CheckpointError(f"{repository} on the hub has neither {' nor '.join(names)}.")
 
 
 def timm_weights(module: nn.Module) -> dict[str, Array]:
@@ -91,12 +96,12 @@ def _reachable() -> bool:
     return True
 
 
-def _how_to_copy(repository: str, reason: str) -> str:
+def _how_to_copy(repository: str, names: Sequence[str], reason: str) -> str:
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     folder = cache / f"models--{repository.replace('/', '--')}"
     return (
         f"{repository} is no file or folder here and not in the hub's cache, and {reason}. On a "
-        f"machine with network, download {FILES[0]} (or {FILES[1]}) of the hub repository "
+        f"machine with network, download {' or '.join(names)} of the hub repository "
         f"{repository}, copy it here and pass weights=THAT_FILE; or copy the whole cache folder "
         f"to {folder}."
     )

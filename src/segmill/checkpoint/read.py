@@ -29,11 +29,12 @@ Array = Shaped[np.ndarray, "..."]
 JITTOR_END = b"HCAJSLHD"
 SHA1_SIZE = 20
 # Where libraries keep the weights, the better set first: an average of the weights (EMA) is what
-# timm and the official DFormer evaluate.
+# timm, the official DFormer, and diffusion transformers (`ema`) evaluate.
 WRAPPERS = (
     "state_dict_ema",
     "model_ema",
     "params_ema",
+    "ema",
     "state_dict",
     "model",
     "module",
