@@ -6,7 +6,6 @@ sharding does, and with the loss multiplied by their number, they are those of a
 """
 
 from dataclasses import dataclass
-from typing import Self
 
 from jaxtyping import Float, Int64
 from torch import Tensor, distributed
@@ -20,7 +19,7 @@ class ClassSplit:
     size: int
 
     @classmethod
-    def of_processes(cls) -> Self:
+    def of_processes(cls) -> "ClassSplit":
         """The default process group; without one, all classes are this process's own."""
         if distributed.is_available() and distributed.is_initialized():
             return cls(distributed.get_rank(), distributed.get_world_size())

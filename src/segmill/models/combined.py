@@ -7,7 +7,6 @@ losses) and never calls backward; tta/ does.
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
@@ -56,7 +55,7 @@ class Windows:
     mask: Bool[Tensor, "N h w"]
     widths: tuple[int, ...]
 
-    def part(self, chosen: slice) -> Self:
+    def part(self, chosen: slice) -> "Windows":
         """Some of the windows, and no more classes than the widest of them needs."""
         widths = self.widths[chosen]
         return replace(
@@ -70,7 +69,7 @@ class Windows:
             widths=widths,
         )
 
-    def parts(self, count: int | None) -> Iterator[Self]:
+    def parts(self, count: int | None) -> Iterator["Windows"]:
         """`count` windows at a time; null: all of them."""
         step = count or len(self.widths)
         for start in range(0, len(self.widths), step):

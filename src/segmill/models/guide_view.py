@@ -30,7 +30,8 @@ class GuideView:
     multiple: int
 
     def __post_init__(self) -> None:
-        if min(self.short, self.multiple, self.stride or 1) < 1 or self.short % self.multiple:
+        stride = 1 if self.stride is None else self.stride
+        if min(self.short, self.multiple, stride) < 1 or self.short % self.multiple:
             raise SegmillError(
                 f"view.short={self.short}, view.stride={self.stride}, view.multiple="
                 f"{self.multiple}: sizes are above 0, and short is a multiple of view.multiple."
