@@ -13,10 +13,10 @@ from jaxtyping import Float32, Int, UInt8
 from segmill.data.corruption_steps import picture, smear, smooth, unit, zoom
 
 _DEFOCUS = ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))  # radius, sigma of the disk's edge
-_GLASS = ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))  # sigma, reach, rounds
-_MOTION = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))  # radius, sigma
+_GLASS = ((0.7, 1, 2), (0.9, 2, 1), (1.0, 2, 3), (1.1, 3, 2), (1.5, 4, 2))  # sigma, reach, rounds
+_MOTION = ((10, 3.0), (15, 5.0), (15, 8.0), (15, 12.0), (20, 15.0))  # radius, sigma
 _ZOOM = ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))  # stop, step
-_GAUSSIAN_SIGMA = (1, 2, 3, 4, 6)
+_GAUSSIAN_SIGMA = (1.0, 2.0, 3.0, 4.0, 6.0)
 
 
 def defocus_blur(

@@ -16,20 +16,20 @@ from jaxtyping import Float32, Float64, UInt8
 from segmill.data.corruption_steps import picture, smear, smooth, unit, zoom
 
 _SNOW = (  # mean, scale, zoom, threshold, radius, sigma of the trail, share of the picture
-    (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
-    (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
-    (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
-    (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
-    (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
+    (0.1, 0.3, 3.0, 0.5, 10, 4.0, 0.8),
+    (0.2, 0.3, 2.0, 0.5, 12, 4.0, 0.7),
+    (0.55, 0.3, 4.0, 0.9, 12, 8.0, 0.7),
+    (0.55, 0.3, 4.5, 0.85, 12, 8.0, 0.65),
+    (0.55, 0.3, 2.5, 0.85, 12, 12.0, 0.55),
 )
-_FROST = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))  # picture, texture
-_FOG = ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))  # strength, decay of the plasma
+_FROST = ((1.0, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))  # picture, texture
+_FOG = ((1.5, 2.0), (2.0, 2.0), (2.5, 1.7), (2.5, 1.5), (3.0, 1.4))  # strength, decay of the plasma
 _WATER = (  # mean, scale, sigma, threshold, intensity
-    (0.65, 0.3, 4, 0.69, 0.6),
-    (0.65, 0.3, 3, 0.68, 0.6),
-    (0.65, 0.3, 2, 0.68, 0.5),
+    (0.65, 0.3, 4.0, 0.69, 0.6),
+    (0.65, 0.3, 3.0, 0.68, 0.6),
+    (0.65, 0.3, 2.0, 0.68, 0.5),
 )
-_MUD = ((0.65, 0.3, 1, 0.65, 1.5), (0.67, 0.4, 1, 0.65, 1.5))  # severities 4 and 5, the same
+_MUD = ((0.65, 0.3, 1.0, 0.65, 1.5), (0.67, 0.4, 1.0, 0.65, 1.5))  # severities 4 and 5, the same
 _WATER_COLOUR, _MUD_COLOUR = (175, 238, 238), (63, 42, 20)
 
 
@@ -69,7 +69,7 @@ def frost(
     texture = cv2.resize(texture, size, interpolation=cv2.INTER_CUBIC)
     top = rng.randint(0, texture.shape[0] - height)
     left = rng.randint(0, texture.shape[1] - width)
-    values = image * float(kept)
+    values = image * kept
     values += added * texture[top : top + height, left : left + width]
     return np.clip(values, 0, 255, out=values).astype(np.uint8)
 

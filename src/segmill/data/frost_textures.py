@@ -1,12 +1,13 @@
 """Textures of the frost corruption: the published photographs from a folder, or generated ones.
 
 The photographs come with the code of Hendrycks & Dietterich 2019 (ImageNet-C,
-https://github.com/hendrycks/robustness) and of imagecorruptions; their licence keeps them out of
+https://github.com/hendrycks/robustness) and of imagecorruptions (Apache-2.0); they are no part of
 this project. The generated ones have the same sizes, and the brightness and contrast of their
 models, but other shapes: numbers measured with them differ from the published frost.
 """
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +20,10 @@ from segmill.data.files import DataError
 
 # A sixth file, frost6.jpg, belongs to the set, but the published code never draws it.
 FILES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
+Textures = tuple[UInt8[np.ndarray, "_ _ 3"], ...]
 
 _SPACING = 2.5  # pixels between two side branches
 _MARGIN = 4  # pixels that are cut off, where the relief has no neighbour
-
-Textures = tuple[UInt8[np.ndarray, "_ _ 3"], ...]
 
 
 @functools.lru_cache(maxsize=2)
@@ -37,13 +37,13 @@ def read_frost(frost_dir: Path) -> Textures:
             "frost_dir empty (null) for generated textures, whose numbers differ from published "
             "ones."
         )
-    return tuple(_read(frost_dir / name) for name in FILES)
+    return _frozen(_read(frost_dir / name) for name in FILES)
 
 
 @functools.lru_cache(maxsize=1)
 def generated_frost() -> Textures:
     """Five textures of feathery ice crystals, the same in every process."""
-    return tuple(_generate(each, seed) for seed, each in enumerate(_LOOKS))
+    return _frozen(_generate(each, seed) for seed, each in enumerate(_LOOKS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +51,13 @@ class _Look:
     """How one generated texture looks; brightness and contrast are those of its photograph."""
 
     size: tuple[int, int]
-    nuclei: float  # per 10,000 pixels
-    arm: float  # mean length in pixels
+    nuclei: int  # per 10,000 pixels
+    arm: int  # mean length in pixels
     breadth: float  # of a feather, to each side, as a share of its length
     dark: tuple[int, int, int]
     light: tuple[int, int, int]
-    mean: float
-    contrast: float
+    mean: int
+    contrast: int
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,14 @@ _LOOKS = (
 )
 
 
+def _frozen(textures: Iterable[UInt8[np.ndarray, "_ _ 3"]]) -> Textures:
+    """Write-protected, since all callers share them."""
+    kept = tuple(textures)
+    for texture in kept:
+        texture.setflags(write=False)
+    return kept
+
+
 def _read(path: Path) -> UInt8[np.ndarray, "H W 3"]:
     data = np.frombuffer(path.read_bytes(), np.uint8)
     texture = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if len(data) else None
@@ -159,7 +167,7 @@ def _generate(look: _Look, seed: int) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def _arms(
-    rng: np.random.RandomState, length: float, density: float, height: int, width: int
+    rng: np.random.RandomState, length: int, density: int, height: int, width: int
 ) -> _Twigs:
     """Three to six arms around each nucleus; nuclei also lie outside, as far as arms reach in."""
     count = int(density * (height + 2 * length) * (width + 2 * length) / 10_000)
