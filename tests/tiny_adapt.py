@@ -19,9 +19,9 @@ CLASSES = 7
 class TinyNetwork(nn.Module):
     """Logits at stride 4."""
 
-    def __init__(self, num_classes: int):
+    def __init__(self, channels: int, num_classes: int):
         super().__init__()
-        self.stem = nn.Conv2d(3, 6, 5, stride=4, padding=2)
+        self.stem = nn.Conv2d(channels, 6, 5, stride=4, padding=2)
         self.norm = nn.GroupNorm(2, 6)
         self.classify = nn.Conv2d(6, num_classes, 3, padding=1)
 
@@ -126,20 +126,21 @@ def tiny_model(
     *,
     update: tuple[bool, bool, bool] = (True, True, False),
     view: tuple[int, int | None, int | None] = (32, 32, 16),
+    channels: int = 3,
     **loss: Any,
 ) -> CombinedModel:
     """The same weights every time; `update` and `view` in the order of their classes' fields."""
     short, window, stride = view
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = TinyNetwork(CLASSES)
+        network = TinyNetwork(channels, CLASSES)
         guide = TinyGuide(
             num_classes=CLASSES,
             view=GuideView(short=short, window=window, stride=stride, multiple=8),
         )
     model = CombinedModel(
         discriminative=Discriminative(
-            network=network, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
+            network=network, mean=[0.5] * channels, std=[0.25] * channels
         ),
         generative=guide,
         update=Update(discriminative=update[0], generative=update[1], update_norm_only=update[2]),
@@ -148,10 +149,10 @@ def tiny_model(
     return model.eval()
 
 
-def tiny_views(height: int = 40, width: int = 66, *, seed: int = 0) -> Views:
+def tiny_views(height: int = 40, width: int = 66, *, channels: int = 3, seed: int = 0) -> Views:
     """An image of patches of colour; both models see it as it is."""
     generator = torch.Generator().manual_seed(seed)
-    patches = torch.rand(1, 3, height // 8, width // 8, generator=generator)
+    patches = torch.rand(1, channels, height // 8, width // 8, generator=generator)
     image = (255 * F.interpolate(patches, (height, width), mode="nearest")).to(torch.uint8)
     return Views(image=image, original=image)
 

@@ -1,7 +1,7 @@
 """What the harness asks of an adaptation method, and what it gives it."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -20,6 +20,7 @@ class Views:
     original: UInt8[Tensor, "B C _H _W"]
 
 
+@runtime_checkable
 class Updater(Protocol):
     """The optimizer, as far as a method sees it."""
 
@@ -36,6 +37,7 @@ class Updater(Protocol):
         ...
 
 
+@runtime_checkable
 class Method(Protocol):
     """One way to adapt a model to the images it sees."""
 
