@@ -104,6 +104,9 @@ class PlainUpdater:
         for parameter in self.parameters.values():
             parameter.grad = None
 
+    def forget(self):
+        """Nothing is gathered."""
+
 
 def tiny_loss(**changes: Any) -> JointLoss:
     """Settings as in configs/model/combined.yaml, but for `changes`."""

@@ -36,6 +36,10 @@ class Updater(Protocol):
         """Forget the gradients."""
         ...
 
+    def forget(self) -> None:
+        """Forget what the optimizer has gathered over its steps: go on as a new one would."""
+        ...
+
 
 @runtime_checkable
 class Method(Protocol):
