@@ -25,12 +25,14 @@ LIGHTNING_LIBRARIES = TORCH_LIBRARIES | {"lightning", "torchmetrics"}
 # First match wins: pattern, rank, third-party libraries (None: any). `ops`, `losses` and
 # `photometric` know only tensors, so families may use them.
 LAYERS: list[tuple[str, int, set[str] | None]] = [
-    ("data.datamodule", 6, LIGHTNING_LIBRARIES),
+    *((f"data.{name}", 6, LIGHTNING_LIBRARIES) for name in ("datamodule", "loader", "task_data")),
     *((f"checkpoint.{name}", 2, TORCH_LIBRARIES) for name in ("load", "inspect", "pretrained")),
+    ("checkpoint.sharded", 2, TORCH_LIBRARIES),
     ("data.*", 0, PORTABLE_LIBRARIES),
     ("checkpoint.*", 0, PORTABLE_LIBRARIES),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("errors", "files", "metrics", "paths")),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("protocol", "windows")),
+    *((name, 0, PORTABLE_LIBRARIES) for name in ("bootstrap", "tta.results")),
     ("report.*", 1, REPORT_LIBRARIES),
     *((name, 2, TORCH_LIBRARIES) for name in ("ops.*", "losses", "photometric")),
     ("models.layers", 2, TORCH_LIBRARIES),

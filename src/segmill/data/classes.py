@@ -42,6 +42,17 @@ def read_classes(source: str | Path) -> Classes:
     return _classes(rows, path)
 
 
+def counted_classes(source: str | Path, num_classes: int) -> Classes:
+    """`read_classes`, refusing a file with another number of classes than the models are for."""
+    classes = read_classes(source)
+    if len(classes) != num_classes:
+        raise DataError(
+            f"data.num_classes={num_classes}, but the class file data.classes={source} has "
+            f"{len(classes)} classes. Set data.num_classes={len(classes)}, or correct the file."
+        )
+    return classes
+
+
 def _classes(rows: list[dict[str, str]], path: Path) -> Classes:
     names = tuple(row.get("name", "") for row in rows)
     if not rows or not all(names):

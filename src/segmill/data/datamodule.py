@@ -11,9 +11,10 @@ import torch
 from torch import distributed
 from torch.utils.data import DataLoader
 
-from segmill.data.classes import read_classes
+from segmill.data.classes import counted_classes
 from segmill.data.decode import LabelFormat
-from segmill.data.folder import DataError, FolderDataset
+from segmill.data.folder import DataError, FolderDataset, depth_keys
+from segmill.data.loader import channels_first, forked_loader, unchanged
 from segmill.data.sample import Sample
 from segmill.data.stream import InMemory, Samples, Shard, StepBatches, TrainStream
 from segmill.data.transforms import TrainSample, TrainTransform
@@ -65,15 +66,14 @@ class SegmentationData(lightning.LightningDataModule):
         # A `generate` without `_partial_` has already run when this is called.
         if generate is not None:
             generate()
-        self.name, self.classes = name, read_classes(classes)
-        _require_count(classes, len(self.classes), num_classes)
+        self.name, self.classes = name, counted_classes(classes, num_classes)
         self._folder: dict[str, Any] = {
             "data_root": data_root,
             "splits": splits,
             "label_map": label_map,
         }
         self._folder |= {"image": image, "label": label, "label_format": label_format}
-        self._folder |= _depth_files(depth, depth_range, channels)
+        self._folder |= depth_keys(depth, depth_range, channels)
         self.channels, self.depth_range = channels, self._folder["depth_range"]
         self.crop, self.test_scale = crop, test_scale
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
@@ -127,7 +127,7 @@ class SegmentationData(lightning.LightningDataModule):
         samples = self._samples(split)
         return self._loader(
             _Views(samples, self.protocol),
-            _unchanged,
+            unchanged,
             sampler=Shard(len(samples), _place),
             batch_size=None,
         )
@@ -146,17 +146,7 @@ class SegmentationData(lightning.LightningDataModule):
         return self._decoded[split]
 
     def _loader(self, dataset: Any, collate: Callable, **order: Any) -> DataLoader:
-        forked = self.workers > 0
-        return DataLoader(
-            dataset,
-            collate_fn=collate,
-            num_workers=self.workers,
-            multiprocessing_context="fork" if forked else None,
-            persistent_workers=forked,
-            worker_init_fn=_start_worker,
-            pin_memory=torch.cuda.is_available(),
-            **order,
-        )
+        return forked_loader(dataset, collate, workers=self.workers, **order)
 
 
 class _Views:
@@ -190,24 +180,12 @@ def train_batch(samples: Sequence[TrainSample]) -> dict[str, Any]:
 def eval_item(sample: Sample, protocol: Protocol) -> dict[str, Any]:
     """Inputs of all scales of the protocol, and the label at the original size."""
     assert sample.label is not None
-    views = [
-        np.ascontiguousarray(v.transpose(2, 0, 1)[None]) for v in protocol.inputs(sample.image)
-    ]
     return {
-        "inputs": [torch.from_numpy(view) for view in views],
+        "inputs": [channels_first(view) for view in protocol.inputs(sample.image)],
         "label": torch.from_numpy(sample.label[None].copy()),
         "name": sample.name,
         "size": sample.label.shape,
     }
-
-
-def _unchanged(item: dict[str, Any]) -> dict[str, Any]:
-    return item
-
-
-def _start_worker(_: int) -> None:
-    # OpenCV's own threads do not survive a fork, and the workers already fill the cores.
-    cv2.setNumThreads(0)
 
 
 def _place() -> tuple[int, int]:
@@ -215,27 +193,3 @@ def _place() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
-
-
-def _require_count(source: str | Path, found: int, num_classes: int) -> None:
-    if found != num_classes:
-        raise DataError(
-            f"data.num_classes={num_classes}, but the class file data.classes={source} has {found} "
-            f"classes. Set data.num_classes={found}, or correct the file."
-        )
-
-
-def _depth_files(
-    depth: str | None, depth_range: tuple[float, float] | None, channels: int
-) -> dict[str, Any]:
-    """Depth is read only where the model takes it: data.channels=3 leaves RGB of an RGB-D set."""
-    if channels == 4 and depth is None:
-        raise DataError(
-            "data.channels=4 means colour and depth, but data.depth is null. "
-            "Give the pattern of the depth files in data.depth, or set data.channels=3."
-        )
-    return (
-        dict.fromkeys(("depth", "depth_range"))
-        if channels == 3
-        else {"depth": depth, "depth_range": depth_range}
-    )

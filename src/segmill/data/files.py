@@ -12,6 +12,14 @@ class DataError(SegmillError):
     """A data set that cannot be used as it is: names the file, the value found and the remedy."""
 
 
+class AbsentError(DataError):
+    """Nothing lies at `where`, a path or a pattern with {name}."""
+
+    def __init__(self, message: str, *, where: str) -> None:
+        super().__init__(message)
+        self.where = where
+
+
 def open_files(data_root: str | Path) -> "Folder | Archive":
     """Open a folder, an archive `x.zip`, or a folder inside of it, `x.zip/inner`."""
     root = Path(data_root)
@@ -20,9 +28,10 @@ def open_files(data_root: str | Path) -> "Folder | Archive":
     for archive in (root, *root.parents):
         if archive.suffix == ".zip" and archive.is_file():
             return Archive(archive, root.relative_to(archive).as_posix())
-    raise DataError(
+    raise AbsentError(
         f"The data folder {root} does not exist. Set data.data_root to the folder (or .zip file) "
-        "that holds the images, or the environment variable SEGMILL_DATA to the folder above it."
+        "that holds the images, or the environment variable SEGMILL_DATA to the folder above it.",
+        where=str(root),
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
@@ -10,7 +10,7 @@ from jaxtyping import Shaped, UInt8
 from segmill.data.classes import Classes
 from segmill.data.decode import LabelFormat, decode_depth, decode_image, decode_label
 from segmill.data.depth import depth_channel
-from segmill.data.files import DataError, open_files
+from segmill.data.files import AbsentError, DataError, open_files
 from segmill.data.labels import LabelMap
 from segmill.data.sample import Sample
 
@@ -75,23 +75,30 @@ class FolderDataset:
         """What stands for {name}."""
         return self.names[index].decode()
 
+    def without_image(self) -> list[str]:
+        """Names that have no image file; only a list can have such."""
+        prefix, _, suffix = self.patterns["image"].partition("{name}")
+        found = set(self.files.matching(prefix, suffix)) if self.list else None
+        names = (name.decode() for name in self.names)
+        return [name for name in names if found is not None and name not in found]
+
     def where(self, index: int, kind: Kind) -> str:
         """The file's full path, for messages."""
-        return self.files.where(self._path(index, kind))
+        return self.files.where(self.path(index, kind))
 
     def read_image(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
         """The colour image alone."""
-        return decode_image(self._read(index, "image"), self.where(index, "image"))
+        return decode_image(self.read(index, "image"), self.where(index, "image"))
 
     def read_label(self, index: int) -> UInt8[np.ndarray, "H W"]:
         """The label as class indices and 255."""
         where = self.where(index, "label")
-        label = decode_label(self._read(index, "label"), where, self.label_format)
+        label = decode_label(self.read(index, "label"), where, self.label_format)
         return self.label_map(label, where)
 
     def read_depth(self, index: int) -> Shaped[np.ndarray, "H W"]:
         """Depth in the file's own unit."""
-        return decode_depth(self._read(index, "depth"), self.where(index, "depth"))
+        return decode_depth(self.read(index, "depth"), self.where(index, "depth"))
 
     def require_same_size(
         self, index: int, kind: Kind, array: np.ndarray, image: np.ndarray
@@ -117,12 +124,14 @@ class FolderDataset:
             )
         return depth_channel(depth, self.depth_range)
 
-    def _path(self, index: int, kind: Kind) -> str:
+    def path(self, index: int, kind: Kind) -> str:
+        """The file's path below `data_root`."""
         return self.patterns[kind].replace("{name}", self.name(index))
 
-    def _read(self, index: int, kind: Kind) -> bytes:
+    def read(self, index: int, kind: Kind) -> bytes:
+        """The file's bytes."""
         try:
-            return self.files.read(self._path(index, kind))
+            return self.files.read(self.path(index, kind))
         except (FileNotFoundError, NotADirectoryError):
             listed = f", named in {self.files.where(self.list)}" if self.list else ""
             raise DataError(
@@ -137,10 +146,11 @@ class FolderDataset:
         found = self._listed() if self.list else self.files.matching(prefix, suffix)
         if not found:
             source = f"the list {self.list}" if self.list else "no file fits the pattern"
-            raise DataError(
-                f"The split {self.split!r} is empty: {source} "
-                f"({self.files.where(self.patterns['image'])}). Correct data.image, data.data_root "
-                f"or data.splits.{self.split}."
+            where = self.files.where(self.patterns["image"])
+            raise AbsentError(
+                f"The split {self.split!r} is empty: {source} ({where}). Correct data.image, "
+                f"data.data_root or data.splits.{self.split}.",
+                where=where,
             )
         return np.array([name.encode() for name in found])
 
@@ -154,6 +164,20 @@ class FolderDataset:
                 f"Correct data.splits.{self.split}.list, or leave it out to take every image."
             ) from None
         return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def depth_keys(
+    depth: str | None, depth_range: tuple[float, float] | None, channels: int
+) -> dict[str, Any]:
+    """Depth is read only where the model takes it: data.channels=3 leaves RGB of an RGB-D set."""
+    if channels == 4 and depth is None:
+        raise DataError(
+            "data.channels=4 means colour and depth, but data.depth is null. "
+            "Give the pattern of the depth files in data.depth, or set data.channels=3."
+        )
+    if channels == 3:
+        return {"depth": None, "depth_range": None}
+    return {"depth": depth, "depth_range": depth_range}
 
 
 def _patterns(given: Mapping[Kind, str | None], folder: str) -> dict[Kind, str]:
