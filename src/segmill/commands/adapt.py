@@ -14,7 +14,8 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from segmill.commands.adapt_parts import AdaptParts, build_adapt_parts
-from segmill.commands.adapt_report import Pictures, write_results
+from segmill.commands.adapt_pictures import Pictures
+from segmill.commands.adapt_report import write_results
 from segmill.commands.adapt_rows import Row, rows_of, saved_rows
 from segmill.commands.ranks import WatchRanks
 from segmill.commands.run_folder import new_run_folder, write_provenance
@@ -50,7 +51,8 @@ def run(config: DictConfig, context: Invocation) -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_text(OmegaConf.to_yaml(row.config, resolve=True), encoding="utf-8")
     log.info("Run folder: %s\n%s", folder, parts.summary())
-    pictures = Pictures(parts.data, count=config.pictures)
+    streams = parts.streams(mixed=config.tta.mixed)
+    pictures = Pictures(folder, streams, count=config.pictures, images=parts.images)
     results = [_adapt(row, parts, folder, pictures) for row in rows.values()]
     if parts.is_first_process:
         write_results(folder, results, parts, pictures, context.command)
@@ -97,7 +99,8 @@ def _fit(
     """One Trainer for one task."""
     module = parts.module
     module.task = task
-    module.on_image = pictures.keep_for(row.name, task)
+    if parts.is_first_process:
+        module.on_image = pictures.keep_for(row.name, task)
     every = parts.settings.log_every
     callbacks = [
         WatchRanks(),
@@ -125,7 +128,7 @@ def _finished(folder: Path, tasks: Sequence[Task], *, independent: bool) -> list
 def _fast_dev_run(parts: AdaptParts, rows: dict[str, Row]) -> None:
     """One image of the first task for every method; nothing is written."""
     with tempfile.TemporaryDirectory() as scratch:
-        pictures = Pictures(parts.data, count=0)
+        pictures = Pictures(Path(scratch), [], count=0, images=1)
         for row in rows.values():
             parts.begin(row)
             task = parts.streams(mixed=row.tta.mixed)[0]

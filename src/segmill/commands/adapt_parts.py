@@ -47,6 +47,12 @@ class AdaptParts:
         """Whether this process writes files."""
         return os.environ.get("LOCAL_RANK", "0") == "0"
 
+    @property
+    def images(self) -> int:
+        """Images of each task."""
+        count = len(self.data.dataset(self.data.tasks[0]))
+        return count if self.limit is None else min(self.limit, count)
+
     def streams(self, *, mixed: bool) -> list[Task]:
         """What is adapted to, one after the other: the tasks, or all of them as one."""
         return [MIXED] if mixed else list(self.data.tasks)
@@ -70,12 +76,10 @@ class AdaptParts:
         discriminative = _count(self.model.discriminative)
         guide = self.model.generative
         guided = "no guide" if guide is None else f"guide {_count(guide.network):,} parameters"
-        tasks, each = len(self.data.tasks), len(self.data.dataset(self.data.tasks[0]))
-        images = each if self.limit is None else min(self.limit, each)
         place = f"{self.settings.processes} x {'GPU' if self.settings.on_gpu else 'CPU'}"
         return (
             f"Model {discriminative:,} parameters, {guided}, {place}, {self.settings.precision}.\n"
-            f"{tasks} tasks of {images} images, order {self.data.order_hash()}."
+            f"{len(self.data.tasks)} tasks of {self.images} images, order {self.data.order_hash()}."
         )
 
 

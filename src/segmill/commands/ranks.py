@@ -15,12 +15,17 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
+from segmill.errors import SegmillError
+
 PERIOD = 0.5  # seconds between two looks
 FAILED = 1
 
 
 class WatchRanks(Callback):
     """The first process looks after those that it started, and they after it."""
+
+    def __init__(self) -> None:
+        self._children: list[Any] = []
 
     def setup(
         self,
@@ -35,11 +40,23 @@ class WatchRanks(Callback):
             return
         if trainer.local_rank == 0:
             launcher: Any = trainer.strategy.launcher
-            children = [] if launcher is None else list(launcher.procs)
+            children = self._children = [] if launcher is None else list(launcher.procs)
             _start(lambda: _dead_child(children), children)
         else:
             parent = os.getppid()
             _start(lambda: _dead_parent(parent), [])
+
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,  # noqa: ARG002
+        pl_module: lightning.LightningModule,  # noqa: ARG002
+        exception: BaseException,
+    ) -> None:
+        """Where the collective operation itself fails: say who is gone, not how it failed."""
+        if isinstance(exception, RuntimeError) and self._children:
+            time.sleep(2 * PERIOD)
+            if message := _dead_child(self._children):
+                raise SegmillError(message) from exception
 
 
 def _start(look: Any, children: list[Any]) -> None:

@@ -34,8 +34,8 @@ from segmill.tta.sharding import Snapshot, compile_blocks, shard, world_size
 class TTAModule(lightning.LightningModule):
     """Adapts `model` to the images of one task after another; a Trainer fits it once for each.
 
-    Batches are those of `TaskData.loader`: one image. `on_image(index, label)` is called with the
-    prediction for every image, which is how pictures for a report are kept.
+    Batches are those of `TaskData.loader`: one image. `on_image(index, batch, pred)` is called for
+    every image, which is how pictures for a report are kept.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class TTAModule(lightning.LightningModule):
         self.model = model
         self.protocol, self.num_classes, self.seed = protocol, num_classes, seed
         self.predict, self.compiled, self.evidence = predict, compiled, evidence
-        self.on_image: Callable[[int, Tensor], None] = _ignore
+        self.on_image: Callable[[int, dict[str, Any], Tensor], None] = _ignore
         self.task: Task | None = None
         self._configured = False
         self._method: Method | None = None
@@ -157,7 +157,7 @@ class TTAModule(lightning.LightningModule):
             self._stop(value, batch)
         seconds = self._now() - started
         self.record.add(batch["name"], pred, batch["label"], loss=value, seconds=seconds)
-        self.on_image(batch_idx, pred)
+        self.on_image(batch_idx, batch, pred)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -198,14 +198,21 @@ class _Updater:
         self._module.manual_backward(loss)
 
     def step(self) -> None:
-        optimizer: Any = self._module.optimizers()
-        optimizer.step()
-        optimizer.zero_grad()
+        self._optimizer.step()
+        self.zero_grad()
+        # Autocast would go on with the weights' copies from before the step.
+        torch.clear_autocast_cache()
 
     def zero_grad(self) -> None:
-        optimizer: Any = self._module.optimizers()
-        optimizer.zero_grad()
+        self._optimizer.zero_grad()
+
+    def forget(self) -> None:
+        self._optimizer.optimizer.state.clear()
+
+    @property
+    def _optimizer(self) -> Any:
+        return self._module.optimizers()
 
 
-def _ignore(index: int, label: Tensor) -> None:  # noqa: ARG001
+def _ignore(index: int, batch: dict[str, Any], pred: Tensor) -> None:  # noqa: ARG001
     """Keep no picture."""
