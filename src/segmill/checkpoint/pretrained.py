@@ -42,7 +42,7 @@ def hub_file(repository: str, names: Sequence[str] = FILES) -> Path:
         cached = huggingface_hub.try_to_load_from_cache(repository, name)
         if isinstance(cached, str):
             return Path(cached)
-    if huggingface_hub.constants.HF_HUB_OFFLINE or not _reachable():
+    if huggingface_hub.constants.HF_HUB_OFFLINE or not reachable():
         reason = "the hub cannot be reached from here"
         raise CheckpointError(_how_to_copy(repository, names, reason))
     for name in names:
@@ -84,7 +84,7 @@ def timm_weights(module: nn.Module) -> dict[str, Array]:
     return arrays
 
 
-def _reachable() -> bool:
+def reachable() -> bool:
     """Whether the hub's name resolves; without this the hub's client retries for minutes."""
     if urllib.request.getproxies():
         return True  # names are resolved behind the proxy
