@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning
 from lightning.pytorch.loggers import Logger
@@ -19,10 +17,9 @@ from segmill.commands.adapt_report import write_results
 from segmill.commands.adapt_rows import Row, rows_of, saved_rows
 from segmill.commands.ranks import WatchRanks
 from segmill.commands.run_folder import new_run_folder, write_provenance
-from segmill.commands.trainer import LoggingSettings, build_loggers, finish_loggers
+from segmill.commands.trainer import build_loggers, finish_loggers
 from segmill.configuration import Invocation, build
 from segmill.data.tasks import Task
-from segmill.errors import SegmillError
 from segmill.tta.log import TaskLog
 from segmill.tta.results import MethodResult, TaskResult, load_task, save_task
 
@@ -55,7 +52,7 @@ def run(config: DictConfig, context: Invocation) -> None:
     pictures = Pictures(folder, streams, count=config.pictures, images=parts.images)
     results = [_adapt(row, parts, folder, pictures) for row in rows.values()]
     if parts.is_first_process:
-        write_results(folder, results, parts, pictures, context.command)
+        write_results(folder, results, parts, pictures, config)
         log.info("Next: open %s", folder / "report.html")
 
 
@@ -109,9 +106,7 @@ def _fit(
     trainer = parts.settings.trainer(folder, epochs=row.tta.max_epochs, callbacks=[*callbacks])
     loader = parts.loader(task, mixed=row.tta.mixed)
     trainer.fit(module, train_dataloaders=loader)
-    return module.record.result(
-        task=task.name, corruption=task.corruption, severity=task.severity
-    )
+    return module.record.result(task=task.name, corruption=task.corruption, severity=task.severity)
 
 
 def _finished(folder: Path, tasks: Sequence[Task], *, independent: bool) -> list[TaskResult]:

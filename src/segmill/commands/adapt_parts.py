@@ -64,7 +64,7 @@ class AdaptParts:
 
     def begin(self, row: Row) -> None:
         """Take up the row's method with its settings of the update and the loss."""
-        self.model.update = build(row.config.model.update)
+        self.model.update = build(row.config.model["update"])  # .update is a method of mappings
         self.model.loss = build(row.config.model.loss)
         method = build(row.config.tta.method, model=self.model)
         optimizer = None if row.config.optimizer is None else build(row.config.optimizer)

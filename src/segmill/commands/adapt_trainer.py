@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from segmill.commands.quiet import quiet_lightning
 from segmill.errors import SegmillError
 
 
@@ -51,15 +50,15 @@ class AdaptTrainerSettings:
         return (devices if isinstance(devices, int) else len(devices)) * self.nodes
 
     def trainer(self, folder: Path, *, epochs: int, callbacks: list[Callback]) -> lightning.Trainer:
-        """A Trainer for one task. It keeps no checkpoints: the source is what a task starts from."""
-        _quiet()
-        gpu_only = {"benchmark": False, "deterministic": self.deterministic}
+        """A Trainer for one task; without checkpoints, as every task starts from the source."""
+        quiet_lightning()
         return lightning.Trainer(
             accelerator=self.accelerator,
             devices=self._devices,
             num_nodes=self.nodes,
             strategy=self._strategy(),
             precision=self.precision,
+            deterministic=self.deterministic,
             max_epochs=epochs,
             use_distributed_sampler=False,  # every process works on the same image
             enable_checkpointing=False,
@@ -69,7 +68,6 @@ class AdaptTrainerSettings:
             logger=False,
             callbacks=callbacks,
             default_root_dir=folder,
-            **gpu_only,
         )
 
     @property
@@ -89,18 +87,3 @@ class AdaptTrainerSettings:
             tensor_parallel_size=1,
             timeout=timedelta(seconds=self.timeout),
         )
-
-
-def _quiet() -> None:
-    """Leave out what Lightning says that is no news here."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*This DataLoader will create .* worker processes.*",
-        ".*treespec, LeafSpec.*",
-        ".*`training_step` returned `None`.*",
-        ".*`configure_optimizers` returned `None`.*",
-        ".*The number of training batches.*smaller than the logging interval.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)

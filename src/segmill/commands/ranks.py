@@ -78,8 +78,8 @@ def _dead_child(children: list[Any]) -> str | None:
         if code:
             how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
             return (
-                f"Process {rank} of {len(children) + 1} ended {how} before the run was over, so the "
-                "run was stopped. Its own message stands above; without one, look for a device "
+                f"Process {rank} of {len(children) + 1} ended {how} before the run was over, so "
+                "the run was stopped. Its own message stands above; without one, look for a device "
                 "that ran out of memory, or a machine that did. Finished tasks are kept: go on "
                 "with resume=RUN."
             )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from segmill.callbacks import DataTime, Progress, ProgressLines, ScoreLastStep
 from segmill.commands.accounts import has_wandb_key
+from segmill.commands.quiet import quiet_lightning
 from segmill.errors import SegmillError
 
 
@@ -106,7 +105,7 @@ def build_trainer(
     extra_callbacks: Sequence[Callback],
 ) -> lightning.Trainer:
     """Lightning's Trainer that writes metrics.csv, best.ckpt (by val/mIoU) and last.ckpt."""
-    _quiet()
+    quiet_lightning()
     processes = world_size(settings)
     gpus = _on_gpu(settings)
     return lightning.Trainer(
@@ -135,19 +134,6 @@ def build_trainer(
         callbacks=[*_callbacks(settings, folder), *extra_callbacks],
         default_root_dir=folder,
     )
-
-
-def _quiet() -> None:
-    """Leave out what Lightning says that is no news here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # devices, advertisements
-    # The run folder already holds config.yaml and, when a run goes on, its checkpoints.
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning on torch 2.14
-    # Scores come from a confusion matrix that is already summed over the ranks.
-    warnings.filterwarnings("ignore", message=".*It is recommended to use `self.log.*")
-    # Workers are a key of the data set; many cores are no reason to change it.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*This DataLoader will create .* worker processes.*")
 
 
 def world_size(settings: TrainerSettings) -> int:

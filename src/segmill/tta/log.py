@@ -67,7 +67,11 @@ class TaskLog(Callback):
 
     def _write(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         assert isinstance(module, TTAModule)
-        images, miou, loss = len(module.record.names), module.record.miou(), module.record.mean_loss()
+        images, miou, loss = (
+            len(module.record.names),
+            module.record.miou(),
+            module.record.mean_loss(),
+        )
         values = {"mIoU": miou, "loss": loss, "image": float(images)}
         for logger in self._loggers:
             logger.log_metrics(

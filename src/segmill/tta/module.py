@@ -214,5 +214,5 @@ class _Updater:
         return self._module.optimizers()
 
 
-def _ignore(index: int, batch: dict[str, Any], pred: Tensor) -> None:  # noqa: ARG001
+def _ignore(index: int, batch: dict[str, Any], pred: Tensor) -> None:
     """Keep no picture."""

@@ -1,0 +1,66 @@
+"""The few images of a comparison that its report shows, kept as files so that nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from torch import Tensor
+
+from segmill.data.tasks import Task
+from segmill.files import write_whole
+
+FOLDER = "pictures"
+
+
+class Pictures:
+    """Chooses `count` images, spread over the tasks, and keeps what each method says of them.
+
+    RUN/pictures holds the images and labels, RUN/METHOD/pictures the predictions as class indices.
+    """
+
+    def __init__(self, folder: Path, tasks: Sequence[Task], *, count: int, images: int) -> None:
+        self._folder = folder
+        chosen = [(tasks[n * len(tasks) // count], n % images) for n in range(count)]
+        self.wanted = [(task.name, index) for task, index in chosen]
+
+    def keep_for(self, method: str, task: Task) -> Callable[[int, dict[str, Any], Tensor], None]:
+        """What TTAModule calls for every image of a task."""
+        wanted = {index for name, index in self.wanted if name == task.name}
+
+        def keep(index: int, batch: dict[str, Any], pred: Tensor) -> None:
+            if index not in wanted:
+                return
+            stem = f"{task.name}_{index}"
+            own = self._folder / FOLDER
+            image = batch["original"][0].permute(1, 2, 0).cpu().numpy()
+            _write(own / f"{stem}_image.png", np.ascontiguousarray(image[..., 2::-1]))
+            _write(own / f"{stem}_label.png", batch["label"][0].cpu().numpy())
+            _write(self._folder / method / FOLDER / f"{stem}.png", pred[0].cpu().numpy())
+
+        return keep
+
+    def image(self, task: str, index: int) -> UInt8[np.ndarray, "H W 3"]:
+        """The corrupted image."""
+        bgr = cv2.imread(str(self._folder / FOLDER / f"{task}_{index}_image.png"))
+        return np.ascontiguousarray(bgr[..., ::-1])
+
+    def label(self, task: str, index: int) -> UInt8[np.ndarray, "H W"]:
+        """Its ground truth."""
+        return _read(self._folder / FOLDER / f"{task}_{index}_label.png")
+
+    def pred(self, method: str, task: str, index: int) -> UInt8[np.ndarray, "H W"]:
+        """What a method said of it."""
+        return _read(self._folder / method / FOLDER / f"{task}_{index}.png")
+
+
+def _write(path: Path, pixels: np.ndarray) -> None:
+    write_whole(path, cv2.imencode(".png", pixels.astype(np.uint8))[1].tobytes())
+
+
+def _read(path: Path) -> UInt8[np.ndarray, "H W"]:
+    return cv2.imread(str(path), cv2.IMREAD_UNCHANGED)

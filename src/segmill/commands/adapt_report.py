@@ -1,0 +1,82 @@
+"""What `segmill adapt` leaves at the end: the table, results.csv, results.json and report.html."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from segmill.commands.adapt_parts import AdaptParts
+from segmill.commands.adapt_pictures import Pictures
+from segmill.commands.run_folder import environment
+from segmill.report.adaptation import write_adaptation_report
+from segmill.report.comparison import print_table, write_csv
+from segmill.report.examples import BeforeAfter
+from segmill.tta.results import MethodResult, write_json
+
+log = logging.getLogger(__name__)
+
+
+def write_results(
+    folder: Path,
+    results: Sequence[MethodResult],
+    parts: AdaptParts,
+    pictures: Pictures,
+    config: DictConfig,
+) -> None:
+    """Print the table of methods and corruptions; write it as CSV, JSON and HTML."""
+    print_table(results, seed=config.seed)
+    write_csv(folder / "results.csv", results, seed=config.seed)
+    write_json(folder / "results.json", results)
+    write_adaptation_report(
+        folder / "report.html",
+        title=folder.name,
+        command=_read(folder / "command.txt"),
+        classes=parts.data.classes,
+        results=results,
+        facts=_facts(folder, parts, config),
+        examples=_before_and_after(results, pictures, parts),
+        seed=config.seed,
+    )
+
+
+def _facts(folder: Path, parts: AdaptParts, config: DictConfig) -> dict[str, str]:
+    """Everything that says what the numbers are."""
+    tta = config.tta
+    setting = "mixed" if tta.mixed else "continual" if tta.continual else "reset for every task"
+    model = config.run or f"{config.model_name} weights={config.weights}"
+    return {
+        "model": f"{model}; {parts.summary().splitlines()[0]}",
+        "data": f"{parts.data.name}, {len(parts.data.tasks)} tasks of {parts.images} images, "
+        f"order {parts.data.order_hash()}",
+        "setting": f"{setting}; predictions from {tta.predict} the update; seed {config.seed}",
+        "protocol": json.dumps(parts.protocol.stamp()),
+        "commit": _read(folder / "commit.txt"),
+        "environment": "; ".join(environment()),
+    }
+
+
+def _before_and_after(
+    results: Sequence[MethodResult], pictures: Pictures, parts: AdaptParts
+) -> list[BeforeAfter]:
+    """The kept images, each with what every method said of it."""
+    tasks = {task.name: task for task in parts.data.tasks}
+    names = {task.task: task.names for task in results[0].tasks}
+    return [
+        BeforeAfter(
+            image=pictures.image(task, index),
+            label=pictures.label(task, index),
+            name=names[task][index],
+            corruption=tasks[task].corruption if task in tasks else "mixed",
+            severity=tasks[task].severity if task in tasks else 0,
+            preds={each.name: pictures.pred(each.name, task, index) for each in results},
+        )
+        for task, index in pictures.wanted
+    ]
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip()
