@@ -8,9 +8,10 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
+from segmill.commands.settings import BUILDS
 from segmill.configuration import build, compose
 from segmill.inspection import problems_in
-from segmill.options import options
+from segmill.options import fitting, options, target_of
 from segmill.paths import CONFIGS
 from segmill.typecheck import located, parameters
 from segmill.verbs import VERBS
@@ -21,6 +22,7 @@ TINY = "model=fcn_tiny_rgbd"
 REQUIRED = {
     "predict": ["run=x", "path=y"],
     "data_check": [DATA],
+    "corrupt": ["data=scenes_c", "out=x"],
 }
 OPTIONS = [
     (group, option)
@@ -29,6 +31,14 @@ OPTIONS = [
 ]
 MODELS = sorted(options("model"))
 BACKBONES = sorted(options("model/backbone"))
+
+
+def composed(group: str, option: str) -> DictConfig:
+    """With a command that takes the option; what adapts cannot train."""
+    if option not in fitting("train", group):
+        command, required = ("corrupt", ["out=x"]) if group == "data" else ("adapt", [])
+        return compose(command, [f"{group}={option}", *required])
+    return train_config(group, option)
 
 
 def train_config(group: str, option: str) -> DictConfig:
@@ -48,8 +58,17 @@ def must_be_given(data: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_every_option_composes_into_a_training_run(group, option):
-    train_config(group, option)
+def test_every_option_composes_into_a_run(group, option):
+    composed(group, option)
+
+
+@pytest.mark.parametrize("command", sorted(BUILDS))
+def test_every_option_of_a_command_builds_what_the_command_takes(command):
+    for group, kind in BUILDS[command].items():
+        taken = fitting(command, group)
+        assert taken
+        assert {target_of(group, option) for option in taken.values()} == {kind}
+        located(kind)
 
 
 @pytest.mark.parametrize("experiment", sorted(options("experiment")))

@@ -34,6 +34,13 @@ class Part:
     child: Any = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnData:
+    """A data set of somebody else's."""
+
+    name: str
+
+
 PART = {"_target_": f"{__name__}.Part", "size": [2, 3], "rate": 1, "mode": "whole"}
 
 
@@ -98,7 +105,7 @@ def test_experiment_is_a_group_and_its_name_a_value(tmp_path, monkeypatch):
         ("data.data_root=???", "data.data_root has no value: give it as data.data_root=VALUE"),
         ("data.test_scale=${data.tset_scale}", "it refers to ${data.tset_scale}"),
         ("model.network._target_=segmill.nothing.Here", "there is no segmill.nothing.Here"),
-        ("tta=dusa", "there is no such key"),
+        ("tta=dusa", "train has no group tta; its groups are data, model"),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(override, answer):
@@ -108,6 +115,30 @@ def test_a_mistake_is_named_with_its_remedy(override, answer):
 def test_a_group_that_the_command_does_not_have_is_named():
     with pytest.raises(SegmillError, match="predict has no group optim; its groups are protocol"):
         compose("predict", ["run=x", "path=y", "optim=adamw_poly"])
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "answer"),
+    [
+        ("train", "data=camvid_c", "data=camvid_c is for segmill adapt and corrupt; train takes "),
+        ("adapt", "data=camvid", "data=camvid is for segmill train, eval and data check; adapt "),
+        ("train", "trainer=adapt", "trainer=adapt is for segmill adapt; train takes cpu, ddp, "),
+        ("data_check", "data=acdc", "data=acdc is for segmill adapt and corrupt; data check takes"),
+    ],
+)
+def test_an_option_for_another_command_is_refused_in_one_sentence(command, override, answer):
+    with pytest.raises(SegmillError) as caught:
+        compose(command, [override])
+    assert str(caught.value).startswith(answer)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_option_of_the_users_own_class_is_taken(tmp_path, monkeypatch):
+    folder = tmp_path / "configs" / "data"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(f"_target_: {__name__}.OwnData\nname: mine\n")
+    monkeypatch.chdir(tmp_path)
+    assert compose("data_check", ["data=mine"]).data.name == "mine"
 
 
 def test_every_problem_is_in_one_message():

@@ -18,7 +18,7 @@ from segmill.errors import SegmillError
 from segmill.options import suggestion
 from segmill.verbs import VERBS, Verb
 
-FLAGS = ("-h", "--help", "--dry-run", "--trace", "-m", "--multirun", "--version")
+FLAGS = ("-h", "--help", "--dry-run", "--verify", "--trace", "-m", "--multirun", "--version")
 WRONG_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
@@ -62,8 +62,9 @@ def _start(line: Line) -> int:
 
         return _say(verb_help(line.verb) if line.verb else overview())
     verb = VERBS[line.verb]
-    if "--dry-run" in line.flags and not verb.dry_run:
-        raise SegmillError(f"segmill {line.verb} has no --dry-run.")
+    for flag, known in (("--dry-run", verb.dry_run), ("--verify", verb.verify)):
+        if flag in line.flags and not known:
+            raise SegmillError(f"segmill {line.verb} has no {flag}.")
     _log_to_stdout()
     if verb.config is None:
         _call_plain(line, verb)
@@ -95,10 +96,13 @@ def _call_composed(line: Line, verb: Verb) -> int:
 
     assert verb.config is not None
     overrides = _overrides(line, verb)
+    if "--verify" in line.flags:
+        overrides.append("verify=true")
     jobs = jobs_of(overrides)
     if len(jobs) > 1:
         check_jobs(verb.config, jobs)
-        return run_jobs(line.verb, jobs, flags=sorted(line.flags - {"-m", "--multirun"}))
+        flags = line.flags - {"-m", "--multirun", "--verify"}
+        return run_jobs(line.verb, jobs, flags=sorted(flags))
     context = Invocation(
         verb=line.verb,
         argv=line.argv,

@@ -20,10 +20,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from segmill.commands.settings import KEYS
+from segmill.commands.settings import BUILDS, KEYS
 from segmill.errors import SegmillError
 from segmill.inspection import keys_of, problems_in
-from segmill.options import config_folders, groups, options, suggestion
+from segmill.options import config_folders, fitting, groups, options, suggestion, target_of
 from segmill.paths import CONFIGS
 from segmill.typecheck import converted, located, parameters
 
@@ -49,8 +49,8 @@ def compose(command: str, overrides: Sequence[str]) -> DictConfig:
     parsed = [each for text in overrides if (each := _parsed(text, problems)) is not None]
     chosen, values = _split(command, parsed, problems)
     base = _hydra(command, chosen, problems)
-    fitting = [each for each in values if _key_exists(each, base, parsed, problems)]
-    config = _hydra(command, [*chosen, *(_line(each) for each in fitting)], problems)
+    known = [each for each in values if _key_exists(each, base, parsed, problems)]
+    config = _hydra(command, [*chosen, *(_line(each) for each in known)], problems)
     problems += problems_in(config, KEYS.get(command))
     if problems:
         raise SegmillError(_paragraph(problems))
@@ -135,7 +135,7 @@ def _split(
             name = str(each.value())
             option = _option(group, name)
             if option is None:
-                problems.append(_no_option(group, name))
+                problems.append(_no_option(command, group, name))
             else:
                 chosen.append(f"{each.get_key_element()}={option}")
     return chosen, values
@@ -152,8 +152,8 @@ def _option(group: str, name: str) -> str | None:
     return name if name in found.values() else found.get(name)
 
 
-def _no_option(group: str, name: str) -> str:
-    found = options(group)
+def _no_option(command: str, group: str, name: str) -> str:
+    found = fitting(command, group)
     hint = suggestion(name, found)
     listed = "" if hint else f"; there are {', '.join(sorted(found))}"
     return f"{group}={name}: there is no such option in configs/{group}{hint}{listed}"
@@ -218,6 +218,9 @@ def _hydra(command: str, overrides: Sequence[str], problems: list[str]) -> DictC
     except (HydraException, OmegaConfBaseException) as error:
         raise SegmillError(_paragraph([*problems, _one_line(error)])) from error
     choices = OmegaConf.select(config, "hydra.runtime.choices")
+    foreign = _foreign(command, choices)
+    if foreign:  # whatever else is wrong follows from it
+        raise SegmillError(_paragraph([*problems, *foreign]))
     problems += _shadowed(choices)
     OmegaConf.set_struct(config, False)
     config.pop("hydra")
@@ -226,6 +229,25 @@ def _hydra(command: str, overrides: Sequence[str], problems: list[str]) -> DictC
             config[key] = str(choices[group]).rpartition("/")[2]
     OmegaConf.set_struct(config, True)
     return config
+
+
+def _foreign(command: str, choices: Mapping[Any, Any]) -> list[str]:
+    """Chosen options that build what only other commands take: a training set cannot adapt."""
+    problems = []
+    for group in BUILDS.get(command, {}):
+        option, taken = choices.get(group), fitting(command, group)
+        if option is None or option in taken.values():
+            continue
+        kind = target_of(group, option)
+        others = [each.replace("_", " ") for each in BUILDS if BUILDS[each].get(group) == kind]
+        if others:
+            *first, last = others
+            listed = f"{', '.join(first)} and {last}" if first else last
+            problems.append(
+                f"{group}={option} is for segmill {listed}; "
+                f"{command.replace('_', ' ')} takes {', '.join(sorted(taken))}"
+            )
+    return problems
 
 
 def _shadowed(choices: Mapping[Any, Any]) -> list[str]:

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+from segmill.commands.settings import BUILDS
 from segmill.paths import CONFIGS
 
 # A short option name is also looked for in these subfolders of its group.
@@ -43,6 +44,29 @@ def options(group: str) -> dict[str, str]:
             for file in sorted((folder / group / subfolder).glob("*.yaml")):
                 found[file.stem] = f"{subfolder}/{file.stem}" if subfolder else file.stem
     return found
+
+
+def fitting(command: str, group: str) -> dict[str, str]:
+    """`options` of a group that `command` takes: others build what only other commands want."""
+    wanted = BUILDS.get(command, {}).get(group)
+    found = options(group)
+    if wanted is None:
+        return found
+    foreign = {kinds.get(group) for kinds in BUILDS.values()} - {wanted}
+    return {name: each for name, each in found.items() if target_of(group, each) not in foreign}
+
+
+def target_of(group: str, option: str) -> str | None:
+    """The `_target_` of an option's file, or of the options that it starts from."""
+    files = (folder / group / f"{option}.yaml" for folder in config_folders())
+    file = next((file for file in files if file.is_file()), None)
+    lines = [] if file is None else file.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        if line.startswith("_target_:"):
+            return line.partition(":")[2].partition("#")[0].strip()
+    parents = [line.strip().removeprefix("- ") for line in lines if line.strip().startswith("- ")]
+    found = (target_of(group, name) for name in parents if name != "_self_" and ":" not in name)
+    return next((target for target in found if target is not None), None)
 
 
 def suggestion(word: str, candidates: Iterable[str], *, prefix: str = "") -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from segmill.options import options
+from segmill.options import fitting
 from segmill.paths import CONFIGS
 from segmill.verbs import VERBS
 
@@ -13,6 +13,7 @@ FLAGS_HELP = """\
 Flags
   -h, --help    this text, or that of a command
   --dry-run     train: the whole plan and one real step, nothing written
+  --verify      corrupt: read every file again and list what is missing or changed
   --trace       show where an error comes from
   --version     the version"""
 
@@ -66,7 +67,7 @@ def _groups(config: str) -> list[str]:
         return []
     lines = ["", "Groups"]
     for name in names:
-        listed = ", ".join(sorted(options(name))) or "(none yet)"
+        listed = ", ".join(sorted(fitting(config, name))) or "(none yet)"
         lines += textwrap.wrap(
             f"  {name}= {listed}", WIDTH, subsequent_indent="      ", break_on_hyphens=False
         )

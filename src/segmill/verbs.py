@@ -29,6 +29,7 @@ class Verb:
     required: tuple[str, ...] = ()
     positional: str | None = None  # the key that a word without `=` is stored in
     dry_run: bool = False
+    verify: bool = False
     keys: tuple[tuple[str, str], ...] = ()
     examples: tuple[str, ...] = ()
 
@@ -152,6 +153,27 @@ VERBS: dict[str, Verb] = {
         examples=(
             "segmill data check data=camvid data.data_root=data/camvid",
             "segmill data check data=ade20k every=50",
+        ),
+    ),
+    "corrupt": Verb(
+        module="segmill.commands.corrupt",
+        config="corrupt",
+        verify=True,
+        summary="write the corrupted images of a data set, with labels and check sums; resumable",
+        usage="segmill corrupt data=NAME out=DIR [data.data_root=CLEAN] [key=value ...] [--verify]",
+        keys=(
+            ("data.data_root=DIR", "where the clean images lie"),
+            ("out=DIR", "where the corrupted ones go; then a data.data_root of segmill adapt"),
+            ("data.corruptions=[A,B]", "which ones; data.severities=[1,3,5] how strong"),
+            ("data.frost_dir=DIR", "ImageNet-C's frost photographs; default: generated textures"),
+            ("quality=95", "of JPEG files; PNG is lossless"),
+            ("workers=N", "processes; default: one a core"),
+        ),
+        examples=(
+            "segmill corrupt data=ade20k_c data.data_root=data/ADEChallengeData2016 "
+            "out=data/ade20k_c",
+            "segmill corrupt data=camvid_c out=data/camvid_c data.corruptions=[fog,snow]",
+            "segmill corrupt data=ade20k_c out=data/ade20k_c --verify",
         ),
     ),
     "data new": Verb(

@@ -13,10 +13,11 @@ from tiny_folder import write_image
 from segmill.configuration import build
 from segmill.data.datamodule import SegmentationData
 from segmill.data.labels import LabelMap
+from segmill.options import fitting
 from segmill.paths import CONFIGS
 from segmill.protocol import Protocol
 
-NAMES = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
+NAMES = sorted(fitting("train", "data"))
 FROM_THE_COMMAND = {"protocol", "seed", "accumulate", "start_step"}
 HEIGHT, WIDTH = 48, 64
 

@@ -106,6 +106,17 @@ class DataCheckKeys:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorruptKeys:
+    """Root of configs/corrupt.yaml."""
+
+    data: Any
+    out: str
+    workers: int | None
+    quality: int
+    verify: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoKeys:
     """Root of configs/demo.yaml."""
 
@@ -122,5 +133,24 @@ KEYS: dict[str, type] = {
     "adapt": AdaptKeys,
     "predict": PredictKeys,
     "data_check": DataCheckKeys,
+    "corrupt": CorruptKeys,
     "demo": DemoKeys,
+}
+
+_TRAINING = {
+    "data": "segmill.data.datamodule.SegmentationData",
+    "trainer": "segmill.commands.trainer.TrainerSettings",
+}
+_ADAPTATION = {
+    "data": "segmill.data.task_data.TaskData",
+    "trainer": "segmill.commands.adapt_trainer.AdaptTrainerSettings",
+}
+# Command -> group -> what its options build. An option that builds what another command wants is
+# refused by name; a class that stands in no row is the user's own and checked like any other.
+BUILDS: dict[str, dict[str, str]] = {
+    "train": _TRAINING,
+    "eval": _TRAINING,
+    "data_check": {"data": _TRAINING["data"]},
+    "adapt": _ADAPTATION,
+    "corrupt": {"data": _ADAPTATION["data"]},
 }

@@ -14,7 +14,6 @@ import difflib
 import hashlib
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -23,7 +22,7 @@ from segmill.data import corruption_blur as blur
 from segmill.data import corruption_digital as digital
 from segmill.data import corruption_noise as noise
 from segmill.data import corruption_weather as weather
-from segmill.data.frost_textures import generated_frost, read_frost
+from segmill.data.frost_textures import load_frost
 from segmill.errors import SegmillError
 
 CORRUPTIONS = (
@@ -78,8 +77,7 @@ def corrupt(
     _check_image(image)
     image, rng = np.ascontiguousarray(image), np.random.RandomState(seed)
     if name == "frost":
-        textures = generated_frost() if frost_dir is None else read_frost(Path(frost_dir))
-        return weather.frost(image, severity, rng, textures)
+        return weather.frost(image, severity, rng, load_frost(frost_dir))
     return _FUNCTIONS[name](image, severity, rng)
 
 

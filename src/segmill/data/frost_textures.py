@@ -7,6 +7,7 @@ models, but other shapes: numbers measured with them differ from the published f
 """
 
 import functools
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,11 @@ Textures = tuple[UInt8[np.ndarray, "_ _ 3"], ...]
 
 _SPACING = 2.5  # pixels between two side branches
 _MARGIN = 4  # pixels that are cut off, where the relief has no neighbour
+
+
+def load_frost(frost_dir: str | os.PathLike[str] | None) -> Textures:
+    """The photographs of `frost_dir`, or the generated textures; decoded once per process."""
+    return generated_frost() if frost_dir is None else read_frost(Path(frost_dir))
 
 
 @functools.lru_cache(maxsize=2)
