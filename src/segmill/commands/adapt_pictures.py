@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from segmill.data.tasks import Task
+from segmill.errors import SegmillError
 from segmill.files import write_whole
 
 FOLDER = "pictures"
@@ -46,7 +47,7 @@ class Pictures:
 
     def image(self, task: str, index: int) -> UInt8[np.ndarray, "H W 3"]:
         """The corrupted image."""
-        bgr = cv2.imread(str(self._folder / FOLDER / f"{task}_{index}_image.png"))
+        bgr = _read(self._folder / FOLDER / f"{task}_{index}_image.png")
         return np.ascontiguousarray(bgr[..., ::-1])
 
     def label(self, task: str, index: int) -> UInt8[np.ndarray, "H W"]:
@@ -62,5 +63,11 @@ def _write(path: Path, pixels: np.ndarray) -> None:
     write_whole(path, cv2.imencode(".png", pixels.astype(np.uint8))[1].tobytes())
 
 
-def _read(path: Path) -> UInt8[np.ndarray, "H W"]:
-    return cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+def _read(path: Path) -> UInt8[np.ndarray, "H W *C"]:
+    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise SegmillError(
+            f"The picture {path} of the run is gone. Start the comparison again, or leave pictures "
+            "out with pictures=0."
+        )
+    return pixels.astype(np.uint8)

@@ -34,7 +34,9 @@ class TaskLog(Callback):
         self._loggers, self._line = loggers, line
 
     def on_train_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,  # noqa: ARG002
     ) -> None:
         """Give the task its own axis in W&B."""
         if not trainer.is_global_zero:
@@ -49,8 +51,8 @@ class TaskLog(Callback):
         self,
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
         batch_idx: int,
     ) -> None:
         """Every so many images, and at the first one."""

@@ -71,7 +71,7 @@ class TTAModule(lightning.LightningModule):
         return self._method
 
     def begin(
-        self, method: Method, optimizer: OptimizerSettings, *, batch_statistics: bool
+        self, method: Method, optimizer: OptimizerSettings | None, *, batch_statistics: bool
     ) -> None:
         """Go on with another method; the weights are the source's, whatever the last one did."""
         if self._snapshot is not None:
@@ -124,7 +124,11 @@ class TTAModule(lightning.LightningModule):
             buffers = dict(self.model.discriminative.named_buffers(prefix="discriminative"))
             self._snapshot = Snapshot({**updated, **buffers})
         if updated and self._optimizer is None:
-            assert self._settings is not None
+            if self._settings is None:
+                raise SegmillError(
+                    f"{type(self.method).__name__} updates weights, but optimizer is null. Set it "
+                    "in the method's file in configs/tta."
+                )
             self._optimizer = self._settings.build(self.model)
         return self._optimizer
 
