@@ -139,7 +139,7 @@ def save_segmenter(path: Path, segmenter: Segmenter) -> None:
     """Write `model.safetensors`: weights, and all that prediction needs in the metadata."""
     description = {
         "format": FORMAT,
-        "model": dict(segmenter.config),
+        "model": self_contained(segmenter.config),
         "classes": {
             "names": list(segmenter.classes.names),
             "palette": segmenter.classes.palette.tolist(),
@@ -213,6 +213,16 @@ def plain(config: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(config, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def self_contained(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's configuration with `weights: null` in every part: the file has them all."""
+    return {
+        key: self_contained(value)
+        if isinstance(value, Mapping)
+        else (None if key == "weights" else value)
+        for key, value in config.items()
+    }
 
 
 def default_classes(count: int) -> Classes:

@@ -1,0 +1,118 @@
+"""SiT as a guide: a flow on a straight path from data to noise; the prediction is its velocity.
+
+Paper:   Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable
+         Interpolant Transformers", ECCV 2024, https://arxiv.org/abs/2401.08740; Yu et al.,
+         "Representation Alignment for Generation" (REPA), ICLR 2025,
+         https://arxiv.org/abs/2410.06940
+Follows: sihyun-yu/REPA (path `linear`: time 1 is noise) and willisma/SiT (`reverse_linear`: time
+         1 is data). Of their paths only these are offered.
+Weights: both repositories' files, and the run folder of a guide trained here.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+
+from segmill.errors import SegmillError
+from segmill.models.generative.codec import Codec, codec_file
+from segmill.models.generative.guide_weights import RANDOM, fill, guide_file
+from segmill.models.generative.transformer import DiffusionTransformer, Latent
+from segmill.models.guide_view import GuideView
+
+
+class SiTGuide(nn.Module):
+    """The target is noise minus data, whatever the direction in which the weights count time.
+
+    `weights` is a file, a run folder or `random`, and is read by `fill`; null keeps the values that
+    `network` was built with, for training.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: DiffusionTransformer,
+        codec: Codec,
+        view: GuideView,
+        path: Literal["linear", "reverse_linear"],
+        weights: str | None,
+    ) -> None:
+        super().__init__()
+        check_sizes(network, codec, view)
+        self.num_classes, self.cell, self.view = network.num_classes, codec.cell, view
+        self.reverse = path == "reverse_linear"
+        self.weights = weights
+        if weights is not None and weights != RANDOM:
+            guide_file(weights)
+        self.network = network if weights is None else network.to("meta")
+        self.codec = codec
+
+    @staticmethod
+    def missing(*, weights: str | None, codec: Mapping[str, Any], **_: Any) -> list[str]:
+        """What its settings name and this machine lacks, one paragraph each."""
+        return missing_files(weights, codec)
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer's blocks."""
+        return list(self.network.blocks)
+
+    def fill(self, device: torch.device) -> None:
+        """Give memory and values to a network that was left for later."""
+        if self.weights is not None:
+            fill(self.network, self.codec, self.weights, device)
+
+    def encode(
+        self, window: UInt8[Tensor, "N 3 H W"] | Float[Tensor, "N 3 H W"]
+    ) -> Float[Tensor, "N C h w"]:
+        """Latents of pixels in 0..255; without gradient."""
+        return self.codec.encode(window)
+
+    def noisy(self, latent: Latent, noise: Latent, t: Float[Tensor, " N"]) -> tuple[Latent, Latent]:
+        """The latent on its way to the noise, and the velocity of that way."""
+        share = t.view(-1, 1, 1, 1)
+        return (1 - share) * latent + share * noise, noise - latent
+
+    def predict(
+        self, noisy_latent: Latent, t: Float[Tensor, " N"], classes: Int64[Tensor, "N M"]
+    ) -> Float[Tensor, "N M C h w"]:
+        """Velocities from data to noise, under each of M classes a window."""
+        count = classes.shape[1]
+        time = 1 - t if self.reverse else t
+        velocity = self.network(
+            noisy_latent.repeat_interleave(count, dim=0),
+            time.repeat_interleave(count),
+            classes.flatten(),
+        )
+        return (-velocity if self.reverse else velocity).unflatten(0, classes.shape)
+
+
+def check_sizes(network: DiffusionTransformer, codec: Codec, view: GuideView) -> None:
+    """Refuse a network, a codec and a view that do not fit together."""
+    if network.in_channels != codec.channels:
+        raise SegmillError(
+            f"The guide's network takes {network.in_channels} latent channels and its codec makes "
+            f"{codec.channels}. Set network.in_channels={codec.channels}."
+        )
+    patch = codec.cell * network.patch
+    if view.multiple % patch:
+        raise SegmillError(
+            f"view.multiple={view.multiple} is no multiple of {patch}, the pixels of a patch (a "
+            f"latent cell has {codec.cell}, a patch {network.patch} cells). Set view.multiple and "
+            "view.short to multiples of it."
+        )
+
+
+def missing_files(weights: str | None, codec: Mapping[str, Any]) -> list[str]:
+    """One paragraph for each file of a class-conditional guide that is not there."""
+    found: list[str] = []
+    named = codec.get("weights")
+    for look, file in ((guide_file, weights), (codec_file, named)):
+        if file is None or file == RANDOM:
+            continue
+        try:
+            look(file)
+        except SegmillError as error:
+            found.append(str(error))
+    return found
