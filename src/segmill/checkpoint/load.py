@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from segmill.checkpoint.keys import Prefix, Rule, apply_rules
 from segmill.checkpoint.read import CheckpointError, read_checkpoint
@@ -56,17 +55,8 @@ def load_arrays(
     report.raise_unless_allowed(may_miss, may_leave)
     state = module.state_dict()
     for name in report.loaded:
-        copy_into(state[name], _as_tensor(renamed[name]))
+        state[name].copy_(_as_tensor(renamed[name]))
     return report.excuse(may_miss, may_leave)
-
-
-def copy_into(target: Tensor, value: Tensor) -> None:
-    """Copy in place; of a sharded target every process takes its own part, without messages."""
-    value = value.to(target.device)
-    if isinstance(target, DTensor):
-        mesh, placements = target.device_mesh, target.placements
-        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
-    target.copy_(value)
 
 
 def choose_rules(module: nn.Module, arrays: Mapping[str, Array]) -> tuple[str, tuple[Rule, ...]]:

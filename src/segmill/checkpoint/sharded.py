@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import safetensors
@@ -29,6 +29,7 @@ Slices = tuple[slice, ...]
 SPREAD = 0.02  # of biases and of the weights of norms around 1
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where values come from."""
 
@@ -103,6 +104,28 @@ class SafetensorsFiles:
     def _slice(self, name: str) -> Any:
         opened, own_name = self._where[name]
         return opened.get_slice(own_name)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Values under the module's own names, as `apply_rules` leaves them; files stay mapped."""
+
+    values: Mapping[str, Shaped[np.ndarray, "..."]]
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise CheckpointError unless the names and shapes are these and no others."""
+        compare(self.values, shapes).raise_unless_allowed((), ())
+
+    def read(
+        self,
+        name: str,
+        shape: tuple[int, ...],  # noqa: ARG002
+        part: Slices,
+        device: torch.device,
+    ) -> Shaped[Tensor, "..."]:
+        """The part alone is copied."""
+        own = np.require(self.values[name][part], requirements=["C", "A", "W"])
+        return torch.from_numpy(own).to(device)
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,18 @@ Guides keep their network on the meta device until then, so that a large one is 
 host memory nor copied whole to a GPU that keeps a part of it.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from segmill.checkpoint.load import RUN_WEIGHTS, choose_rules, copy_into, load_arrays
+from segmill.checkpoint.keys import apply_rules
+from segmill.checkpoint.load import RUN_WEIGHTS, choose_rules, load_arrays
 from segmill.checkpoint.read import read_checkpoint
+from segmill.checkpoint.sharded import Arrays, Draws, fill
 from segmill.errors import SegmillError
-from segmill.models.generative.codec import Codec
+from segmill.models.generative.codec import RANDOM, Codec
 from segmill.models.generative.transformer import CODEC
-
-RANDOM = "random"  # in the place of a file: to measure speed and memory
 
 
 def guide_file(weights: str) -> Path:
@@ -34,29 +33,18 @@ def guide_file(weights: str) -> Path:
     return path
 
 
-def fill(network: nn.Module, codec: Codec, weights: str, device: torch.device) -> None:
+def fill_guide(network: nn.Module, codec: Codec, weights: str, device: torch.device) -> None:
     """Give the network memory on `device` and values; it may be sharded already.
 
     A file of a guide that was trained here holds the codec that it was trained with too.
     """
-    network.to_empty(device=device)
     if weights == RANDOM:
-        _draw(network)
+        fill(network, Draws(), device)
         return
     arrays = read_checkpoint(guide_file(weights))
     _, rules = choose_rules(network, arrays)
-    load_arrays(network, arrays, rules=rules)
+    fill(network, Arrays(apply_rules(arrays, rules)), device)
     own = {n.removeprefix(CODEC): each for n, each in arrays.items() if n.startswith(CODEC)}
     if own:
         assert isinstance(codec, nn.Module)
         load_arrays(codec, own)
-
-
-def _draw(network: nn.Module) -> None:
-    """Values that depend on a parameter's name only, so that every process has the same."""
-    for name, parameter in network.state_dict().items():
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
-        generator = torch.Generator(parameter.device).manual_seed(seed)
-        shape, fan_in = parameter.shape, parameter.shape[1:].numel()
-        value = torch.randn(shape, generator=generator, device=parameter.device)
-        copy_into(parameter, value * fan_in**-0.5 if len(shape) > 1 else 0.1 * value)

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from segmill.errors import SegmillError
-from segmill.models.generative.codec import Codec, codec_file
-from segmill.models.generative.guide_weights import RANDOM, fill, guide_file
+from segmill.models.generative.codec import RANDOM, Codec, codec_file
+from segmill.models.generative.guide_weights import fill_guide, guide_file
 from segmill.models.generative.transformer import DiffusionTransformer, Latent
 from segmill.models.guide_view import GuideView
 
@@ -60,8 +60,8 @@ class SiTGuide(nn.Module):
 
     def fill(self, device: torch.device) -> None:
         """Give memory and values to a network that was left for later."""
-        if self.weights is not None:
-            fill(self.network, self.codec, self.weights, device)
+        if self.weights is not None and next(self.network.parameters()).is_meta:
+            fill_guide(self.network, self.codec, self.weights, device)
 
     def encode(
         self, window: UInt8[Tensor, "N 3 H W"] | Float[Tensor, "N 3 H W"]
