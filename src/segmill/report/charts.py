@@ -7,7 +7,7 @@ name needs no font on the machine that trains.
 import csv
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 LINES = 6  # colours --line-0 ... of the page, one a line
+SHAPES = ("disc", "ring", "square")  # of dots, where there are more methods than colours
 POINTS = 300  # a longer curve is shown as block means over a band from minimum to maximum
 SCORES = {"mIoU", "mAcc", "aAcc", "FWIoU", "mDice", "mFscore", "mPrecision", "mRecall"}
 STYLE: dict[Any, Any] = {
@@ -55,6 +56,24 @@ class Chart(NamedTuple):
     legend: list[tuple[str, str]]
 
 
+class Dot(NamedTuple):
+    """A value of a dot chart: its place in percent of the width, and what hovering says."""
+
+    colour: str
+    shape: str
+    at: float
+    hint: str
+
+
+class DotChart(NamedTuple):
+    """One row a task, one dot a method: drawn by the page itself, so that names may be any text."""
+
+    title: str
+    rows: list[tuple[str, list[Dot]]]
+    ticks: list[tuple[float, str]]  # place, text
+    legend: list[tuple[str, str, str]]  # colour, shape, name
+
+
 def read_curves(path: Path) -> dict[str, Curve]:
     """Read a `metrics.csv`: a `step` column, and blanks where a value was not logged.
 
@@ -80,6 +99,40 @@ def curve_charts(curves: Mapping[str, Curve]) -> list[Chart]:
         if re.search(r"/(IoU|Acc|Dice)/", key) is None:
             kinds.setdefault(_kind(key), {})[key] = curve
     return [_chart(title, group) for title, group in kinds.items() if group]
+
+
+def dot_chart(
+    title: str,
+    rows: Sequence[str],
+    methods: Sequence[str],
+    values: Float[np.ndarray, "R M"],
+    *,
+    reference: str,
+) -> DotChart:
+    """Fractions of every row under every method, in percent; `reference` is an upright stroke."""
+    defined = values[~np.isnan(values)]
+    low, high = (float(defined.min()), float(defined.max())) if len(defined) else (0.0, 1.0)
+    ticks = MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(100 * low, 100 * high)
+    first, span = ticks[0], ticks[-1] - ticks[0]
+    others = [method for method in methods if method != reference]
+    styles = {reference: ("--ink", "stroke")} | {
+        method: (f"--line-{index % LINES}", SHAPES[index // LINES % len(SHAPES)])
+        for index, method in enumerate(others)
+    }
+    dots = [
+        [
+            Dot(*styles[method], float((100 * value - first) / span * 100), f"{method} {value:.2%}")
+            for method, value in zip(methods, row, strict=True)
+            if not np.isnan(value)
+        ]
+        for row in values
+    ]
+    return DotChart(
+        title,
+        list(zip(rows, dots, strict=True)),
+        [(float((tick - first) / span * 100), f"{tick:g}%") for tick in ticks],
+        [(*styles[method], method) for method in methods],
+    )
 
 
 def heat_map(shares: Float[np.ndarray, "K J"], *, side: int) -> bytes:

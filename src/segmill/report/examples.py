@@ -1,4 +1,4 @@
-"""What the report needs to show one evaluated image."""
+"""What the report needs to show one image."""
 
 from dataclasses import dataclass, field
 
@@ -19,3 +19,18 @@ class Example:
     name: str
     miou: float
     others: dict[str, UInt8[np.ndarray, "H W"]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """One corrupted image and what each method says of it, by the method's name.
+
+    `severity` is 0 where there is none to name. All arrays have one height and width.
+    """
+
+    image: UInt8[np.ndarray, "H W C"]
+    label: UInt8[np.ndarray, "H W"]
+    name: str
+    corruption: str
+    severity: int
+    preds: dict[str, UInt8[np.ndarray, "H W"]]

@@ -17,14 +17,19 @@ from jaxtyping import Int, Int64, UInt8
 from segmill.data.classes import Classes
 from segmill.data.sample import IGNORE
 from segmill.files import write_whole
-from segmill.report.charts import Curve, curve_charts, heat_map, row_shares
-from segmill.report.examples import Example
+from segmill.metrics import confusion_with_misses
+from segmill.report.charts import Curve, DotChart, curve_charts, heat_map, row_shares
+from segmill.report.examples import BeforeAfter, Example
 from segmill.report.overlay import colourise, error_map
-from segmill.report.tables import HEADLINE, ClassScore, class_scores, headline, percent
+from segmill.report.tables import HEADLINE, Cell, ClassScore, class_scores, headline, percent
+from segmill.tta.results import SOURCE
 
 WIDTH = 480  # pixels of a picture in the report; larger images are reduced
 LARGEST_TABLE = 32  # classes; a larger confusion matrix is drawn as a picture
 CONFUSIONS = 8
+ENLARGE = "mIoU of one image: mean over the classes in it. Click a picture to enlarge its row."
+ERRORS_NOTE = f"Errors are red; hatched pixels do not count. {ENLARGE}"
+CHANGES_NOTE = f"Hatched pixels do not count. {ENLARGE}"
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,11 @@ class Result:
 
 @dataclass(frozen=True)
 class TextTable:
-    """Any further table: rows of cells that are already text."""
+    """Any further table. Marked cells: `best` is bold, `above` blue and `below` orange."""
 
     title: str
     header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str | Cell]]
     note: str
 
 
@@ -57,11 +62,14 @@ def write_report(
     curves: Mapping[str, Curve],
     examples: Sequence[Example],
     tables: Sequence[TextTable],
+    dots: DotChart | None = None,
+    changes: Sequence[BeforeAfter] = (),
 ) -> None:
     """Write the report of a run (one result) or of a comparison (several).
 
     `facts` are shown as they are: seed, commit, environment, checkpoint. `examples` are sorted by
-    mIoU and shown as best and worst; `curves` come from `read_curves`. Any part may be empty.
+    mIoU and shown as best and worst, `changes` as they come; `curves` come from `read_curves`. Any
+    part may be empty.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("segmill.report", "."),
@@ -81,8 +89,9 @@ def write_report(
         facts=facts,
         charts=curve_charts(curves),
         confusions=[_confusion(result, classes.names) for result in results],
-        galleries=_galleries(examples, classes),
-        tables=tables,
+        dots=dots,
+        galleries=[*_galleries(examples, classes), *_changes(changes, classes)],
+        tables=[(table, [_cells(row) for row in table.rows]) for table in tables],
     )
     write_whole(Path(path), page.encode("utf-8"))
 
@@ -104,8 +113,15 @@ class _Confusion(NamedTuple):
 
 
 class _Shot(NamedTuple):
-    example: Example
+    name: str
+    remark: str
     pictures: list[tuple[str, str]]  # caption, data address
+
+
+class _Gallery(NamedTuple):
+    heading: str
+    shots: list[_Shot]
+    note: str
 
 
 def _per_class(classes: Classes, results: Sequence[Result]) -> list[_Row]:
@@ -145,28 +161,61 @@ def _most_confused(
     ]
 
 
-def _galleries(examples: Sequence[Example], classes: Classes) -> list[tuple[str, list[_Shot]]]:
+def _cells(row: Sequence[str | Cell]) -> list[Cell]:
+    return [cell if isinstance(cell, Cell) else Cell(cell) for cell in row]
+
+
+def _galleries(examples: Sequence[Example], classes: Classes) -> list[_Gallery]:
     ordered = sorted(examples, key=lambda example: -example.miou)
     shots = [_shot(example, classes.palette) for example in ordered]
     half = (len(shots) + 1) // 2
     parts = {"Best images": shots[:half], "Worst images": shots[half:][::-1]}
-    return [(heading, part) for heading, part in parts.items() if part]
+    galleries = [_Gallery(heading, part, "") for heading, part in parts.items() if part]
+    return [*galleries[:-1], *(last._replace(note=ERRORS_NOTE) for last in galleries[-1:])]
+
+
+def _changes(changes: Sequence[BeforeAfter], classes: Classes) -> list[_Gallery]:
+    shots = [_change(change, classes) for change in changes]
+    return [_Gallery("Before and after", shots, CHANGES_NOTE)] if shots else []
 
 
 def _shot(example: Example, palette: UInt8[np.ndarray, "K 3"]) -> _Shot:
-    height, width = example.label.shape
-    size = (min(width, WIDTH), round(height * min(width, WIDTH) / width))
+    size = _shown_size(example.label)
     image = cv2.resize(example.image, size, interpolation=cv2.INTER_AREA)
     label, pred = (_reduce(array, size) for array in (example.label, example.pred))
     errors = error_map(image, label, pred, ignore_index=IGNORE)
-    pictures = [("image", _jpeg(image[..., :3]))]
-    if image.shape[2] == 4:
-        pictures.append(("depth", _jpeg(image[..., 3:].repeat(3, axis=2))))
-    pictures.append(("truth", _png(colourise(label, palette))))
+    pictures = [*_inputs(image, "image"), ("truth", _png(colourise(label, palette)))]
     for name, other in example.others.items():
         pictures.append((name, _png(colourise(_reduce(other, size), palette))))
     pictures += [("prediction", _png(colourise(pred, palette))), ("errors", _jpeg(errors))]
-    return _Shot(example, pictures)
+    return _Shot(example.name, f"mIoU {percent(example.miou)} %", pictures)
+
+
+def _change(change: BeforeAfter, classes: Classes) -> _Shot:
+    size = _shown_size(change.label)
+    image = cv2.resize(change.image, size, interpolation=cv2.INTER_AREA)
+    corruption = change.corruption.replace("_", " ")
+    severity = f", severity {change.severity}" if change.severity else ""
+    truth = _png(colourise(_reduce(change.label, size), classes.palette))
+    pictures = [*_inputs(image, corruption), ("truth", truth)]
+    for name, pred in change.preds.items():
+        confusion = confusion_with_misses(change.label, pred, len(classes))
+        when = "before" if name == SOURCE else "after"
+        caption = f"{when}: {name}, mIoU {percent(headline(confusion)['mIoU'])} %"
+        pictures.append((caption, _png(colourise(_reduce(pred, size), classes.palette))))
+    return _Shot(change.name, f"{corruption}{severity}", pictures)
+
+
+def _shown_size(label: UInt8[np.ndarray, "H W"]) -> tuple[int, int]:
+    height, width = label.shape
+    return min(width, WIDTH), round(height * min(width, WIDTH) / width)
+
+
+def _inputs(image: UInt8[np.ndarray, "H W C"], caption: str) -> list[tuple[str, str]]:
+    pictures = [(caption, _jpeg(image[..., :3]))]
+    if image.shape[2] == 4:
+        pictures.append(("depth", _jpeg(image[..., 3:].repeat(3, axis=2))))
+    return pictures
 
 
 def _reduce(array: UInt8[np.ndarray, "H W"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:

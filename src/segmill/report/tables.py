@@ -22,6 +22,14 @@ class ClassScore(NamedTuple):
     share: float
 
 
+class Cell(NamedTuple):
+    """A cell that is already text. `marks` are words of "best", "above" and "below"."""
+
+    text: str
+    marks: str = ""
+    hint: str = ""
+
+
 def class_scores(names: Sequence[str], confusion: Int[np.ndarray, "K J"]) -> list[ClassScore]:
     """One row a class, in class order; `confusion` as in metrics.py, (K, K) or (K, K + 1)."""
     found = scores(confusion)
