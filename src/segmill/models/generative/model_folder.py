@@ -25,15 +25,20 @@ from segmill.models.guide_view import GuideView
 
 RANDOM = "random"  # in the place of a folder: values are drawn, for tests of speed
 CONFIG = "config.json"
+UNWANTED = ("*.fp16*",)  # the same weights again
 STEM = "diffusion_pytorch_model"  # of files of weights, text encoders excepted
 
 
 @dataclass(frozen=True)
 class Part:
-    """Files of one subfolder (empty: of the folder itself); of each group one file is enough."""
+    """Files of one subfolder (empty: of the folder itself); of each group one file is enough.
+
+    `patterns` are what to download of it.
+    """
 
     folder: str
     groups: tuple[tuple[str, ...], ...]
+    patterns: tuple[str, ...]
 
     def lacking(self, folder: Path) -> list[str]:
         """What is not there, the preferred file of each group."""
@@ -49,7 +54,7 @@ class Part:
 
 def network_part(folder: str, stem: str = STEM) -> Part:
     """A network: its sizes, and its weights in one file or several."""
-    return Part(folder, ((CONFIG,), weight_names(stem)))
+    return Part(folder, ((CONFIG,), weight_names(stem)), (CONFIG, f"{stem}*.safetensors*"))
 
 
 def weight_names(stem: str) -> tuple[str, ...]:
@@ -104,6 +109,11 @@ class ModelFolder:
         return folder
 
     @property
+    def patterns(self) -> tuple[str, ...]:
+        """What is downloaded of a repository, but for `UNWANTED`."""
+        return tuple(str(Path(part.folder) / each) for part in self.parts for each in part.patterns)
+
+    @property
     def _is_own(self) -> bool:
         """Whether it is a folder here, not a repository on the hub."""
         return Path(self.weights).expanduser().is_dir()
@@ -138,13 +148,8 @@ class ModelFolder:
         huggingface_hub.snapshot_download(
             self.weights,
             revision=self.revision,
-            allow_patterns=[
-                str(Path(part.folder) / pattern)
-                for part in self.parts
-                for group in part.groups
-                for pattern in (group if len(group) == 1 else (f"{_stem(group[0])}*.safetensors*",))
-            ],
-            ignore_patterns=["*.fp16*"],
+            allow_patterns=list(self.patterns),
+            ignore_patterns=list(UNWANTED),
         )
 
     def _unless_reached(self, download: Any) -> str | None:
@@ -263,7 +268,3 @@ def fill_codec(codec: KLCodec, folder: Path | None) -> None:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
-
-
-def _stem(name: str) -> str:
-    return name.removesuffix(".safetensors")

@@ -44,7 +44,11 @@ STEPS = 1000
 BETAS = (0.00085, 0.012)  # their square roots rise evenly over the steps: "scaled linear"
 CLIP_TOKENS = 77
 SCHEDULER = "scheduler_config.json"
-PARTS = (network_part("unet"), network_part("vae"), Part("scheduler", ((SCHEDULER,),)))
+PARTS = (
+    network_part("unet"),
+    network_part("vae"),
+    Part("scheduler", ((SCHEDULER,),), (SCHEDULER,)),
+)
 ABOUT = (
     "Stable Diffusion 1.5 is the repository stable-diffusion-v1-5/stable-diffusion-v1-5 of the "
     "Hugging Face hub (4.3 GB); with a network it is downloaded on first use. Without one here, "

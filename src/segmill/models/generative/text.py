@@ -29,6 +29,7 @@ FORMAT = 1  # another one makes older entries unused
 NULL_PROMPT = ""  # of the class `num_classes`, "no condition"
 DTYPE = "float32"  # in which encoders run
 CLIP_FILES = (("tokenizer_config.json",), ("vocab.json", "tokenizer.json"))
+EVERYTHING = ("*",)
 T5_FILES = (("tokenizer_config.json",), ("spiece.model", "tokenizer.json"))
 
 Tensors = dict[str, Float[Tensor, "..."]]
@@ -130,18 +131,22 @@ def sd3_parts(*, t5: bool) -> tuple[Part, ...]:
         part
         for number in ("", "_2")
         for part in (
-            Part(f"tokenizer{number}", CLIP_FILES),
+            Part(f"tokenizer{number}", CLIP_FILES, EVERYTHING),
             network_part(f"text_encoder{number}", "model"),
         )
     ]
     if not t5:
         return tuple(clip)
-    return (*clip, Part("tokenizer_3", T5_FILES), network_part("text_encoder_3", "model"))
+    return (
+        *clip,
+        Part("tokenizer_3", T5_FILES, EVERYTHING),
+        network_part("text_encoder_3", "model"),
+    )
 
 
 def sd15_parts() -> tuple[Part, ...]:
     """What encoding for Stable Diffusion 1.5 needs of its folder."""
-    return Part("tokenizer", CLIP_FILES), network_part("text_encoder", "model")
+    return Part("tokenizer", CLIP_FILES, EVERYTHING), network_part("text_encoder", "model")
 
 
 def encode_sd3(folder: Path, prompts: tuple[str, ...], *, t5_tokens: int) -> Tensors:
