@@ -33,10 +33,7 @@ def run_check(config: DictConfig, context: Invocation) -> None:
     if config.every < 1:
         raise SegmillError(f"every={config.every}: it must be 1 (every sample) or more.")
     keys: dict[str, Any] = OmegaConf.to_container(config.data, resolve=True)  # type: ignore[assignment]
-    if keys["generate"] is not None:
-        generated = build(keys["generate"])
-        if callable(generated):
-            generated()
+    write_generated(keys)
     console = Console()
     classes = read_classes(keys["classes"])
     reports, problems = _look(keys, classes, config.every, console)
@@ -59,6 +56,14 @@ def run_check(config: DictConfig, context: Invocation) -> None:
             f"do. Then again: {context.command}"
         )
     console.print(f"No problem found. Next: segmill train data={keys['name']}", highlight=False)
+
+
+def write_generated(keys: Mapping[str, Any]) -> None:
+    """Write the data sets that are made here; nothing where `generate` is null."""
+    if keys["generate"] is not None:
+        generated = build(keys["generate"])
+        if callable(generated):
+            generated()
 
 
 def run_new(folder: Path, name: str | None = None) -> None:

@@ -172,9 +172,7 @@ def _generate(look: _Look, seed: int) -> UInt8[np.ndarray, "H W 3"]:
     return _tint(value, look)
 
 
-def _arms(
-    rng: np.random.RandomState, length: int, density: int, height: int, width: int
-) -> _Twigs:
+def _arms(rng: np.random.RandomState, length: int, density: int, height: int, width: int) -> _Twigs:
     """Three to six arms around each nucleus; nuclei also lie outside, as far as arms reach in."""
     count = int(density * (height + 2 * length) * (width + 2 * length) / 10_000)
     nucleus = rng.uniform(-length, (width + length, height + length), size=(count, 2))

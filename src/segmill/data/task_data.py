@@ -109,8 +109,8 @@ class TaskData:
         """
         if limit is not None and limit < 1:
             raise DataError(f"limit={limit}: it must be 1 or more images, or null for all.")
-        stream = _Stream([self._samples[task] for task in tasks], tasks, self.protocol)
-        stream.places = self._places(tasks, limit)
+        samples = [self._samples[task] for task in tasks]
+        stream = _Stream(samples, tasks, self._places(tasks, limit), self.protocol)
         return forked_loader(stream, unchanged, workers=self.workers, batch_size=None)
 
     def order_hash(self) -> str:
@@ -118,7 +118,7 @@ class TaskData:
         digest = hashlib.sha256()
         for task in self.tasks:
             samples = self._samples[task]
-            names = [samples.name(index) for _, index in self._places([task], None)]
+            names = [samples.name(index) for _, index in self._places([task], None).tolist()]
             digest.update("\n".join([task.name, *names, ""]).encode())
         return digest.hexdigest()[:12]
 
@@ -159,18 +159,21 @@ class TaskData:
 class _Stream:
     """The items of one or several tasks; `places` says which sample stands where."""
 
-    places: Int[np.ndarray, "N 2"]
-
     def __init__(
-        self, samples: Sequence[TaskSamples], tasks: Sequence[Task], protocol: Protocol
+        self,
+        samples: Sequence[TaskSamples],
+        tasks: Sequence[Task],
+        places: Int[np.ndarray, "N 2"],
+        protocol: Protocol,
     ) -> None:
-        self._samples, self._tasks, self._protocol = samples, tasks, protocol
+        self._samples, self._tasks, self._places = samples, tasks, places
+        self._protocol = protocol
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self._places)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        which, index = self.places[position]
+        which, index = self._places[position].tolist()
         return task_item(self._samples[which][index], self._tasks[which], self._protocol)
 
 

@@ -53,20 +53,27 @@ class TaskFolders:
 
     def clean(self, task: Task) -> FolderDataset:
         """The images before their corruption."""
+        return self._dataset("image", self.require_clean(), task)
+
+    def require_clean(self) -> str:
+        """The pattern of the clean images; refuse a data set without them."""
         if self._image is None:
             raise DataError(
-                f"data={self.name} has no clean images (data.image is null): nothing can be "
-                "corrupted. Its images are read as they are, with data.on_the_fly=false."
+                f"data={self.name} has no clean images (data.image is null), so there is nothing "
+                "to corrupt. Its images are used as they are: "
+                f"segmill adapt data={self.name} data.on_the_fly=false."
             )
-        return self._dataset("image", self._image, task)
+        return self._image
+
+    def corrupted_path(self, clean: FolderDataset, index: int, task: Task) -> str:
+        """Where the task's image of a clean sample belongs, below the root."""
+        assert self._corrupted is not None
+        pattern = filled(self._corrupted, task).replace("{split}", clean.folder)
+        return pattern.replace("{name}", clean.name(index))
 
     def corrupted(self, task: Task) -> FolderDataset:
         """The images of the task's own folder; a folder with gaps is refused."""
-        if self._corrupted is None:
-            raise DataError(
-                f"data={self.name} has no corrupted images on disk (data.corrupted is null). "
-                "Set data.on_the_fly=true, or give the pattern of the files in data.corrupted."
-            )
+        assert self._corrupted is not None  # see require_distinct
         dataset = self._dataset("corrupted", self._corrupted, task)
         absent = dataset.without_image()
         if absent:
@@ -74,10 +81,16 @@ class TaskFolders:
         return dataset
 
     def require_distinct(self, tasks: Sequence[Task]) -> None:
-        """Refuse a pattern that gives several tasks the same files."""
+        """Refuse a pattern of corrupted images that gives several tasks the same files."""
+        if self._corrupted is None or self._corrupted.count("{name}") != 1:
+            raise DataError(
+                f"data={self.name} does not say where corrupted images lie: data.corrupted is "
+                f"{self._corrupted}. Give a pattern like c/{{corruption}}/{{severity}}/{{name}}.png"
+                ", or corrupt clean images while they are read: data.on_the_fly=true."
+            )
         for field, place in _PLACES.items():
             values = {getattr(task, field) for task in tasks}
-            if len(values) > 1 and place not in (self._corrupted or place):
+            if len(values) > 1 and place not in self._corrupted:
                 raise DataError(
                     f"data.corrupted={self._corrupted} gives every {field} the same files, but "
                     f"there are {len(values)} ({', '.join(map(str, sorted(values)))}). Choose one, "
