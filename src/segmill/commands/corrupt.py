@@ -13,6 +13,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,8 @@ def _write(jobs: Sequence[Job], out: Path, workers: int) -> None:
                 done, written = done + 1, written + is_new
                 if time.monotonic() - said > _SECONDS:
                     said = time.monotonic()
-                    minutes = (said - started) / done * (len(jobs) - done) / 60
-                    log.info("  %d of %d files, %.0f min left", done, len(jobs), minutes)
+                    left = timedelta(seconds=round((said - started) / done * (len(jobs) - done)))
+                    log.info("  %d of %d files, about %s left", done, len(jobs), left)
         except (KeyboardInterrupt, BrokenProcessPool) as error:
             log.info("%d of %d files are there; the same command makes the rest.", done, len(jobs))
             if isinstance(error, BrokenProcessPool):

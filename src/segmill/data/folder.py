@@ -50,8 +50,7 @@ class FolderDataset:
         self.files = open_files(data_root)
         entry = _split_entry(splits, split)
         given: dict[Kind, str | None] = {"image": image, "label": label, "depth": depth}
-        self.folder = entry.get("folder", split)  # what stands for {split}
-        self.patterns = _patterns(given, self.folder)
+        self.patterns = _patterns(given, entry.get("folder", split))
         self.list = entry.get("list")
         self.names = self._find_names()
 

@@ -45,6 +45,7 @@ class TaskFolders:
     ) -> None:
         self.name, self.obtain, self.data_root = name, obtain, data_root
         self._image, self._corrupted = image, corrupted
+        self._split_folder = splits.get(split, {}).get("folder", split)
         self._patterns: dict[str, str | None] = {"label": label, "depth": depth}
         self._others: dict[str, Any] = {"depth_range": depth_range, "classes": classes}
         self._others |= {"splits": splits, "split": split}
@@ -68,7 +69,7 @@ class TaskFolders:
     def corrupted_path(self, clean: FolderDataset, index: int, task: Task) -> str:
         """Where the task's image of a clean sample belongs, below the root."""
         assert self._corrupted is not None
-        pattern = filled(self._corrupted, task).replace("{split}", clean.folder)
+        pattern = filled(self._corrupted, task).replace("{split}", self._split_folder)
         return pattern.replace("{name}", clean.name(index))
 
     def corrupted(self, task: Task) -> FolderDataset:
@@ -125,7 +126,8 @@ class TaskFolders:
 
     def _absent(self, key: str, pattern: str, task: Task, error: AbsentError) -> str:
         if "{name}" not in error.where:  # the root itself
-            wanted = Path(error.where) / filled(pattern, task).rpartition("/")[0]
+            folder = filled(pattern, task).replace("{split}", self._split_folder)
+            wanted = Path(error.where) / folder.rpartition("/")[0]
             found = f"there is no folder {error.where} (wanted: {wanted})"
         else:
             folder, _, file = error.where.rpartition("/")
