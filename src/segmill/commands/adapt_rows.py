@@ -12,8 +12,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from segmill.configuration import Invocation, build, compose
 from segmill.errors import SegmillError
 from segmill.options import options, suggestion
+from segmill.tta.results import SOURCE
 
-SOURCE = "source"
+UNTRAINED = (SOURCE, "bn")  # update no weights
 # What may differ between rows: they share the data, the models and their weights.
 OF_A_ROW = ("tta.", "optimizer.", "model.update.", "model.loss.")
 
@@ -125,8 +126,8 @@ def _settings(name: str, value: Any) -> dict[str, Any]:
 
 
 def _goes_to_row(override: str, method: str) -> bool:
-    """The command line counts in every row, but `source` has neither settings nor an optimizer."""
+    """The command line counts in every row, but methods without an optimizer have no settings."""
     key = override.partition("=")[0].lstrip("+")
     if key in {"methods", "tta"} or key.startswith("methods."):
         return False
-    return method != SOURCE or not key.startswith(("tta.method.", "optimizer."))
+    return method not in UNTRAINED or not key.startswith(("tta.method.", "optimizer."))

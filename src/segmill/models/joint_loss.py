@@ -32,12 +32,14 @@ class JointLoss:
     mask_reduction: Literal["valid", "all"]  # what the mean over elements counts
     timestep_range: tuple[float, float]  # share of noise, drawn uniformly
     class_chunk: int | None  # classes a forward pass; null: all
-    windows_at_once: int | None  # windows a forward and backward pass; null: all
+    windows_at_once: int | Literal["processes"] | None  # windows a pass; null: all
     buckets: tuple[int, ...]  # class counts are rounded up to one of these
 
     def __post_init__(self) -> None:
         positive = [self.topk, self.classes_threshold, *self.buckets]
-        positive += [each for each in (self.class_chunk, self.windows_at_once) if each is not None]
+        positive += [
+            each for each in (self.class_chunk, self.windows_at_once) if isinstance(each, int)
+        ]
         if min(positive) < 1 or self.temperature <= 0:
             raise SegmillError(
                 "model.loss: topk, classes_threshold, class_chunk, windows_at_once, buckets and "

@@ -28,7 +28,14 @@ from segmill.protocol import Protocol
 from segmill.tta.batch_statistics import BatchStatistics
 from segmill.tta.method import Method, Views
 from segmill.tta.record import TaskRecord
-from segmill.tta.sharding import Snapshot, compile_blocks, shard, world_size
+from segmill.tta.sharding import (
+    Snapshot,
+    compile_blocks,
+    forget_gathered,
+    repeated_blocks,
+    shard,
+    world_size,
+)
 
 
 class TTAModule(lightning.LightningModule):
@@ -89,6 +96,7 @@ class TTAModule(lightning.LightningModule):
         """Weights bit for bit as before the first task, no optimizer state, no memory."""
         if self._snapshot is not None:
             self._snapshot.restore()
+            forget_gathered(self.model)
         self.method.reset()
         self._optimizer = None
 
@@ -97,19 +105,20 @@ class TTAModule(lightning.LightningModule):
         if self._configured:
             return
         guide = self.model.generative
-        if guide is not None and self.compiled:
-            compile_blocks(guide.blocks())
+        network: nn.Module = self.model.discriminative.network
+        if self.compiled:
+            compile_blocks(repeated_blocks(network) + ([] if guide is None else guide.blocks()))
         mesh = self._device_mesh
         if mesh is not None and world_size() > 1:
             over = mesh["data_parallel"]
-            network: nn.Module = self.model.discriminative.network
             # Gathered at once: 85 M weights take a millisecond, the hooks of 52 blocks many. Their
             # type stays, BatchNorm takes no mixed ones: autocast alone decides here.
-            shard(network, (), over, compute_dtype=None)
+            shard(network, (), over, compute_dtype=None, keep_gathered=False)
             if guide is not None:
                 mixed = self.trainer.precision == "bf16-mixed"
                 dtype = torch.bfloat16 if mixed else None
-                shard(guide.network, guide.blocks(), over, compute_dtype=dtype)
+                blocks = guide.blocks()
+                shard(guide.network, blocks, over, compute_dtype=dtype, keep_gathered=True)
         if guide is not None:
             guide.fill(self.trainer.strategy.root_device)
         self._configured = True

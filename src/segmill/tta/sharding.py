@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 # Class counts (five buckets), two kinds of blocks, portrait and landscape, with and without grad.
 RECOMPILES = 64
@@ -34,19 +35,53 @@ def shard(
     mesh: DeviceMesh,
     *,
     compute_dtype: torch.dtype | None,
+    keep_gathered: bool,
 ) -> None:
     """Shard each block, then what is left of the network, in place.
 
     `compute_dtype` is the type in which weights are gathered and used; gradients are always summed
-    in float32. Buffers keep their type.
+    in float32. Buffers keep their type. With `keep_gathered` weights stay gathered from a forward
+    to its backward, which saves gathering them twice; after weights were changed in between,
+    `forget_gathered` has to be called.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    # Also the outermost weights are given back after every forward: weights that change between
-    # two forwards without a backward (a reset, a teacher's) would otherwise not be seen.
+    # Without `keep_gathered` also the outermost weights are given back after every forward: those
+    # that change between two forwards without a backward (a teacher's) would not be seen.
     for each in (*blocks, network):
-        fully_shard(each, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(each, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_gathered)
+
+
+def forget_gathered(module: nn.Module) -> None:
+    """Gather all weights of `module` anew at the next forward."""
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            each.reshard()
+
+
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """Blocks in lists of equal ones, as transformers have them; none with BatchNorm inside.
+
+    Those are what is worth compiling: equal code once. BatchNorm's statistics may be exchanged
+    while a method is at work (batch_statistics.py), which compiled code does not take well.
+    """
+    found: list[nn.Module] = []
+    for child in network.children():
+        if isinstance(child, nn.ModuleList) and _are_equal(list(child)):
+            found += [each for each in child if not _has_batchnorm(each)]
+        else:
+            found += repeated_blocks(child)
+    return found
+
+
+def _are_equal(modules: list[nn.Module]) -> bool:
+    kinds = {type(each) for each in modules}
+    return len(modules) > 1 and len(kinds) == 1 and nn.ModuleList not in kinds
+
+
+def _has_batchnorm(module: nn.Module) -> bool:
+    return any(isinstance(each, _BatchNorm) for each in module.modules())
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segmill.models.class_split import ClassSplit
 from segmill.models.combined import CombinedModel, NoisyWindows, Windows
 from segmill.tta.method import Updater, Views
 
@@ -65,7 +66,10 @@ def _accumulate(
 ) -> list[Float[Tensor, " n"]]:
     """Gradients of the mean of the windows' losses; returns the losses, part by part."""
     leaf = windows.weights.detach().requires_grad_(model.updates_discriminative)
-    parts = replace(windows, weights=leaf).parts(model.loss.windows_at_once)
+    at_once = model.loss.windows_at_once
+    if at_once == "processes":
+        at_once = ClassSplit.of_processes().size
+    parts = replace(windows, weights=leaf).parts(at_once)
     losses = [backward(part, updater, 1 / len(windows.widths)) for part in parts]
     if leaf.grad is not None:
         updater.backward((windows.weights * leaf.grad).sum())

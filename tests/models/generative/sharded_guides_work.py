@@ -45,7 +45,7 @@ def _predicted(name: str, *, mixed: bool) -> dict[str, Any]:
     if distributed.is_initialized():
         mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
         dtype = torch.bfloat16 if mixed else None
-        shard(model.network, model.blocks(), mesh, compute_dtype=dtype)
+        shard(model.network, model.blocks(), mesh, compute_dtype=dtype, keep_gathered=True)
     model.fill(torch.device("cpu"))
     noisy_latent, t = _noisy(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
