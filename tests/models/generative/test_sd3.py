@@ -76,7 +76,7 @@ def test_the_target_is_the_velocity_from_data_to_noise(model):
 
 def plain(model: Any) -> Any:
     """The same network as diffusers runs it, with its own attention."""
-    network = diffusers.SD3Transformer2DModel(**node("sd3_tiny").transformer).eval()
+    network = diffusers.SD3Transformer2DModel(**node("sd3_tiny")["transformer"]).eval()
     own = network.pos_embed.pos_embed.clone()
     network.load_state_dict(model.network.state_dict())
     assert torch.equal(own, network.pos_embed.pos_embed)
@@ -141,7 +141,7 @@ def test_one_token_for_all_has_the_gradients_of_all(model):
 def test_the_shared_token_is_exact_in_the_blocks_of_sd35(qk_norm):
     torch.manual_seed(0)
     sizes: Any = {"qk_norm": qk_norm, "dual_attention_layers": (0,)}
-    network = diffusers.SD3Transformer2DModel(**{**node("sd3_tiny").transformer, **sizes}).eval()
+    network = diffusers.SD3Transformer2DModel(**{**node("sd3_tiny")["transformer"], **sizes}).eval()
     tiny_pipelines.randomise(network)
     latent, pooled, clip = torch.randn(2, 4, 8, 8), torch.randn(2, 20), torch.randn(2, 5, 24)
     inputs = {"pooled_projections": pooled, "timestep": torch.tensor([250.0, 700.0])}

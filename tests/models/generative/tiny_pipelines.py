@@ -8,6 +8,7 @@ import diffusers
 import torch
 import transformers
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from torch import nn
 
 from segmill import configuration
@@ -23,10 +24,12 @@ def guide(name: str, *overrides: str, data: str = "scenes") -> Any:
 
 
 def node(name: str, *overrides: str, data: str = "scenes") -> Any:
+    """The configuration itself, in plain containers."""
     chosen = [f"data={data}", f"+model/generative@guide={name}"]
     values = [f"++guide.{each}" for each in overrides]
     with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-        return compose("train", overrides=[*chosen, *values]).guide
+        config = compose("train", overrides=[*chosen, *values])
+    return OmegaConf.to_container(config.guide, resolve=True)
 
 
 def filled(name: str, *overrides: str, data: str = "scenes") -> Any:
@@ -46,7 +49,7 @@ def classes_file(folder: Path) -> Path:
 def sd3_pipeline(folder: Path, *, t5: bool) -> Any:
     """A StableDiffusion3Pipeline, saved in `folder`; the sizes are those of sd3_tiny."""
     seed_all()
-    sizes = node("sd3_tiny").transformer
+    sizes = node("sd3_tiny")["transformer"]
     encoders = {
         f"text_encoder{number}": clip_with_projection(width)
         for number, width in (("", 8), ("_2", 12))
@@ -57,7 +60,7 @@ def sd3_pipeline(folder: Path, *, t5: bool) -> Any:
         vae=autoencoder(use_quant_conv=False, use_post_quant_conv=False, **NO_CODEC_SHIFT),
         tokenizer=clip_tokenizer(folder),
         tokenizer_2=clip_tokenizer(folder),
-        text_encoder_3=t5_encoder(sizes.joint_attention_dim) if t5 else None,
+        text_encoder_3=t5_encoder(sizes["joint_attention_dim"]) if t5 else None,
         tokenizer_3=t5_tokenizer() if t5 else None,
         **encoders,
     )
@@ -71,8 +74,8 @@ def sd15_pipeline(folder: Path) -> Any:
     seed_all()
     config = node("sd15_tiny")
     pipeline = diffusers.StableDiffusionControlNetPipeline(
-        unet=diffusers.UNet2DConditionModel(**config.unet),
-        controlnet=diffusers.ControlNetModel(**config.controlnet),
+        unet=diffusers.UNet2DConditionModel(**config["unet"]),
+        controlnet=diffusers.ControlNetModel(**config["controlnet"]),
         scheduler=diffusers.PNDMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
         ),
