@@ -73,7 +73,8 @@ def test_every_option_of_a_command_builds_what_the_command_takes(command):
 
 @pytest.mark.parametrize("experiment", sorted(options("experiment")))
 def test_every_experiment_composes(experiment):
-    compose("train", [f"experiment={experiment}"])
+    adapts = options("experiment")[experiment].startswith("adapt/")
+    compose("adapt" if adapts else "train", [f"experiment={experiment}"])
 
 
 @pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.config])
