@@ -13,7 +13,8 @@ from segmill.checkpoint.load import save_safetensors
 from segmill.errors import SegmillError
 from segmill.models.generative.codec import PixelCodec
 from segmill.models.generative.guide import Guide
-from segmill.models.generative.sit import SiTGuide, check_sizes
+from segmill.models.generative.guide_parts import check_sizes
+from segmill.models.generative.sit import SiTGuide
 from segmill.models.generative.transformer import DiffusionTransformer
 from segmill.models.guide_view import GuideView
 

@@ -16,9 +16,13 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from segmill.errors import SegmillError
-from segmill.models.generative.codec import RANDOM, Codec, codec_file
-from segmill.models.generative.guide_weights import fill_guide, guide_file
+from segmill.models.generative.codec import Codec
+from segmill.models.generative.guide_parts import (
+    check_sizes,
+    fill_guide,
+    missing_files,
+    waiting,
+)
 from segmill.models.generative.transformer import DiffusionTransformer, Latent
 from segmill.models.guide_view import GuideView
 
@@ -44,9 +48,7 @@ class SiTGuide(nn.Module):
         self.num_classes, self.cell, self.view = network.num_classes, codec.cell, view
         self.reverse = path == "reverse_linear"
         self.weights = weights
-        if weights is not None and weights != RANDOM:
-            guide_file(weights)
-        self.network = network if weights is None else network.to("meta")
+        self.network = waiting(network, weights)
         self.codec = codec
 
     @staticmethod
@@ -86,33 +88,3 @@ class SiTGuide(nn.Module):
             classes.flatten(),
         )
         return (-velocity if self.reverse else velocity).unflatten(0, classes.shape)
-
-
-def check_sizes(network: DiffusionTransformer, codec: Codec, view: GuideView) -> None:
-    """Refuse a network, a codec and a view that do not fit together."""
-    if network.in_channels != codec.channels:
-        raise SegmillError(
-            f"The guide's network takes {network.in_channels} latent channels and its codec makes "
-            f"{codec.channels}. Set network.in_channels={codec.channels}."
-        )
-    patch = codec.cell * network.patch
-    if view.multiple % patch:
-        raise SegmillError(
-            f"view.multiple={view.multiple} is no multiple of {patch}, the pixels of a patch (a "
-            f"latent cell has {codec.cell}, a patch {network.patch} cells). Set view.multiple and "
-            "view.short to multiples of it."
-        )
-
-
-def missing_files(weights: str | None, codec: Mapping[str, Any]) -> list[str]:
-    """One paragraph for each file of a class-conditional guide that is not there."""
-    found: list[str] = []
-    named = codec.get("weights")
-    for look, file in ((guide_file, weights), (codec_file, named)):
-        if file is None or file == RANDOM:
-            continue
-        try:
-            look(file)
-        except SegmillError as error:
-            found.append(str(error))
-    return found
