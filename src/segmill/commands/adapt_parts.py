@@ -41,6 +41,7 @@ class AdaptParts:
     settings: AdaptTrainerSettings
     protocol: Protocol
     limit: int | None
+    chosen: tuple[int, ...] | None  # numbers of tasks; None: all
 
     @property
     def is_first_process(self) -> bool:
@@ -55,7 +56,11 @@ class AdaptParts:
 
     def streams(self, *, mixed: bool) -> list[Task]:
         """What is adapted to, one after the other: the tasks, or all of them as one."""
-        return [MIXED] if mixed else list(self.data.tasks)
+        if mixed:
+            return [MIXED]
+        return [
+            task for task in self.data.tasks if self.chosen is None or task.index in self.chosen
+        ]
 
     def loader(self, task: Task, *, mixed: bool) -> DataLoader:
         """The images of a task, of all tasks shuffled together when `mixed`."""
@@ -108,7 +113,22 @@ def build_adapt_parts(config: DictConfig) -> AdaptParts:
         compiled=settings.compile,
         evidence=Path("evidence"),
     )
-    return AdaptParts(data, model, module, settings, protocol, config.limit)
+    chosen = _chosen(config, len(data.tasks))
+    return AdaptParts(data, model, module, settings, protocol, config.limit, chosen)
+
+
+def _chosen(config: DictConfig, count: int) -> tuple[int, ...] | None:
+    """A part of the tasks can stand alone only where no task depends on another."""
+    if config.tasks is None:
+        return None
+    chosen = tuple(int(number) for number in config.tasks)
+    if config.tta.continual or config.tta.mixed:
+        raise SegmillError(
+            "tasks: with tta.continual or tta.mixed a task depends on the others. Leave it out."
+        )
+    if not chosen or not set(chosen) <= set(range(1, count + 1)):
+        raise SegmillError(f"tasks={list(chosen)}: the tasks are numbered from 1 to {count}.")
+    return chosen
 
 
 def _refuse_missing(config: DictConfig, *, guided: bool) -> None:

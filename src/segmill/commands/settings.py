@@ -75,6 +75,7 @@ class AdaptKeys:
     weights_may_leave: tuple[str, ...]
     methods: Any
     limit: int | None
+    tasks: tuple[int, ...] | None
     pictures: int
     resume: str | None
     output_dir: str
