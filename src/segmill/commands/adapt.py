@@ -11,7 +11,7 @@ import lightning
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from segmill.commands.adapt_parts import AdaptParts, build_adapt_parts
+from segmill.commands.adapt_parts import MIXED, AdaptParts, build_adapt_parts
 from segmill.commands.adapt_pictures import Pictures
 from segmill.commands.adapt_report import write_results
 from segmill.commands.adapt_rows import Row, rows_of, saved_rows
@@ -48,8 +48,8 @@ def run(config: DictConfig, context: Invocation) -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_text(OmegaConf.to_yaml(row.config, resolve=True), encoding="utf-8")
     log.info("Run folder: %s\n%s", folder, parts.summary())
-    streams = parts.streams(mixed=config.tta.mixed)
-    pictures = Pictures(folder, streams, count=config.pictures, images=parts.images)
+    shown = [MIXED] if config.tta.mixed else parts.data.tasks  # all: parts of a run agree on them
+    pictures = Pictures(folder, shown, count=config.pictures, images=parts.images)
     results = [_adapt(row, parts, folder, pictures) for row in rows.values()]
     if parts.is_first_process:
         write_results(folder, results, parts, pictures, config)

@@ -75,6 +75,7 @@ def _before_and_after(
             preds={each.name: pictures.pred(each.name, task, index) for each in results},
         )
         for task, index in pictures.wanted
+        if task in names
     ]
 
 
