@@ -183,3 +183,8 @@ def test_what_is_missing_is_downloaded_and_nothing_twice(hub_cache, model, tmp_p
         for name in repository[1:]
         if "fp16" not in name and not name.startswith("text_encoder_3")
     ]
+
+
+def test_a_folder_has_no_revision(model, tmp_path):
+    with pytest.raises(SegmillError, match="revision=main is for repositories on the hub"):
+        guide("sd3_tiny", f"text.cache={tmp_path}", f"weights={model}", "revision=main")

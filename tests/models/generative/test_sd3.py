@@ -265,3 +265,9 @@ def test_weights_are_loaded_strictly(saved):
 def test_wrong_settings_are_refused(overrides, message):
     with pytest.raises(SegmillError, match=message):
         guide("sd3_tiny", *overrides)
+
+
+def test_windows_beyond_the_positions_are_refused(model):
+    latent = torch.zeros(1, 4, 8, 34)
+    with pytest.raises(SegmillError, match=r"34 latent cells a side, .* for 32 \(256 pixels\)"):
+        model.predict(latent, torch.zeros(1), torch.zeros(1, 1, dtype=torch.long))

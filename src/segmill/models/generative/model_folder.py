@@ -83,6 +83,13 @@ class ModelFolder:
     parts: tuple[Part, ...]
     about: str
 
+    def __post_init__(self) -> None:
+        if self._is_own and self.revision is not None:
+            raise SegmillError(
+                f"revision={self.revision} is for repositories on the hub, and {self.weights} is a "
+                "folder here. Set revision=null."
+            )
+
     def problem(self) -> str | None:
         """Why it cannot be used, in one paragraph; takes no time and downloads a few bytes."""
         folder = self.here()
@@ -229,7 +236,10 @@ def from_diffusers(name: str) -> Any:
 
 
 def identity(folder: Path) -> str:
-    """What tells a model from others: the commit of the hub's copy, else the folder itself."""
+    """What tells a model from others: the commit of the hub's copy, else the folder's place.
+
+    A folder whose text encoders are exchanged needs another `text.cache`.
+    """
     return folder.name if folder.parent.name == "snapshots" else str(folder.resolve())
 
 

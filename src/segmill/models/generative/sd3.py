@@ -159,6 +159,7 @@ class SD3Guide(nn.Module):
         """Velocities; windows times classes are one batch."""
         count, each = classes.shape
         chosen = classes.flatten()
+        self._check_positions(noisy_latent.shape[2:])
         (velocity,) = self.network(
             hidden_states=noisy_latent.repeat_interleave(each, dim=0),
             encoder_hidden_states=self._context(self.tokens[chosen]),
@@ -172,6 +173,15 @@ class SD3Guide(nn.Module):
         """CLIP's tokens at the width of T5's, and zeros where T5's would be."""
         missing = self.network.config.joint_attention_dim - tokens.shape[2]
         return F.pad(tokens, (0, missing, 0, self.zeros))
+
+    def _check_positions(self, size: torch.Size) -> None:
+        config = self.network.config
+        most = config.pos_embed_max_size * config.patch_size
+        if max(size) > most:
+            raise SegmillError(
+                f"The guide's windows have {max(size)} latent cells a side, its positions are for "
+                f"{most} ({most * self.cell} pixels). Give model.generative.view a window."
+            )
 
     def _random_text(self, prompts: int, length: int) -> dict[str, Float[Tensor, "..."]]:
         config, host = self.network.config, torch.device("cpu")

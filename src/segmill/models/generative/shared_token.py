@@ -5,10 +5,13 @@ Stable Diffusion 3 without its T5 encoder is fed 256 zero tokens, without mask o
 a key it must count 256 times. It is repeated there, in keys and values alone; every linear layer,
 norm and query sees one token.
 
+The keys are those of all tokens in the same order, so also in bfloat16 the result is the same.
+
 The other exact way, log(256) on the token's score, would need a mask, which rules out flash
 attention, or wider heads: 72 channels run in kernels made for 96. Forward and backward of one
-attention of SD3-medium, 20 classes, bfloat16, blocks compiled, one H200, torch 2.11: 2.86 ms with
-all tokens, 2.93 masked, 2.82 with wider heads, 2.40 this way; and no bias has to survive bfloat16.
+attention of SD3-medium, 20 classes, bfloat16, compiled, one H200, torch 2.11: 2.86 ms with all
+tokens, 2.93 masked, 2.82 with wider heads, 2.40 this way. The whole transformer: 288 ms with all
+tokens, 247 this way.
 """
 
 from typing import Any
