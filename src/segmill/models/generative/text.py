@@ -28,7 +28,11 @@ from segmill.models.generative.model_folder import Part, network_part
 FORMAT = 1  # another one makes older entries unused
 NULL_PROMPT = ""  # of the class `num_classes`, "no condition"
 DTYPE = "float32"  # in which encoders run
-CLIP_FILES = (("tokenizer_config.json",), ("vocab.json", "tokenizer.json"))
+CLIP_FILES = (
+    ("tokenizer_config.json",),
+    ("vocab.json", "tokenizer.json"),
+    ("merges.txt", "tokenizer.json"),
+)
 EVERYTHING = ("*",)
 T5_FILES = (("tokenizer_config.json",), ("spiece.model", "tokenizer.json"))
 
