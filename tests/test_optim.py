@@ -5,7 +5,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.plugins.precision import MixedPrecision
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import golden
 from segmill.configuration import build
@@ -194,6 +197,31 @@ def test_the_fused_step_equals_torchs_plain_one(settings):
     for (name, value), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
         # float32, same operations in another order; three steps.
         torch.testing.assert_close(value, other, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("settings", [adamw(), sgd()])
+def test_sharded_parameters_step_like_whole_ones(settings, mesh):
+    torch.manual_seed(0)
+    whole, sharded = Small(), Small()
+    sharded.load_state_dict(whole.state_dict())
+    fully_shard(sharded, mesh=mesh)
+    for model in (whole, sharded):
+        optimizer = settings.build(model)
+        for _ in range(3):
+            step(model, optimizer)
+    for (name, value), other in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+        assert isinstance(other, DTensor)
+        # float32, same operations in another order; three steps.
+        torch.testing.assert_close(other.full_tensor(), value, atol=1e-5, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("settings", [adamw(), sgd()])

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from segmill.errors import SegmillError
@@ -130,8 +131,13 @@ class SGD(OptimizerSettings):
     momentum: float
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
-        """One fused kernel for all parameters instead of a loop over them."""
-        optimizer = torch.optim.SGD(self.groups(module), momentum=self.momentum, fused=True)
+        """One fused kernel for all parameters; a few where they are sharded."""
+        groups = self.groups(module)
+        # torch shards no fused SGD, as it does fused AdamW.
+        sharded = any(isinstance(each, DTensor) for group in groups for _, each in group["params"])
+        optimizer = torch.optim.SGD(
+            groups, momentum=self.momentum, fused=not sharded, foreach=sharded
+        )
         return _scaled_outside(optimizer)
 
 
