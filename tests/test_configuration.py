@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from segmill.configuration import build, compose
 from segmill.errors import SegmillError
 from segmill.inspection import problems_in
+from segmill.models.generative.guide import Guide
 from segmill.typecheck import Mismatch, converted, described
 
 SMALL = ["data=scenes", "model=fcn_tiny_rgbd", "trainer=cpu"]
@@ -185,6 +186,7 @@ def test_a_missing_argument_of_a_model_is_named():
     [
         (1, float, 1.0),
         (None, int | None, None),
+        (None, Guide | None, None),
         ([1, 2], tuple[int, int], (1, 2)),
         ([1, 2], tuple[float, ...], (1.0, 2.0)),
         ("a", str | tuple[str, ...], "a"),
@@ -217,6 +219,7 @@ def test_a_fitting_value_is_converted(value, hint, expected):
         (True, Literal[1, "auto"]),
         ([1], Mapping[str, int]),
         (3, Part),
+        ("x", Guide),
     ],
 )
 def test_a_value_of_another_kind_is_a_mismatch(value, hint):

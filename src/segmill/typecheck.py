@@ -142,7 +142,8 @@ def _collection(value: Any, origin: type, hints: tuple[Any, ...]) -> Any:
 def _instance(value: Any, hint: type) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if issubclass(Path, hint) and hint is not object and isinstance(value, str):
+    # By name: a Protocol with attributes cannot be asked by issubclass.
+    if isinstance(value, str) and hint in Path.__mro__ and hint is not object:
         return Path(value)
     if hint in (tuple, list) and isinstance(value, list | tuple):
         return hint(value)
