@@ -7,11 +7,12 @@ from pathlib import Path
 
 def main() -> int:
     """Exit status 1 when any of them failed."""
-    scripts = sorted(Path(__file__).parent.glob("[!_]*.py"))
+    folder = Path(__file__).parent
+    modules = [f"{folder.name}.{script.stem}" for script in sorted(folder.glob("[!_]*.py"))]
     failed = [
-        script.name
-        for script in scripts
-        if subprocess.run([sys.executable, str(script)], check=False).returncode != 0
+        module
+        for module in modules
+        if subprocess.run([sys.executable, "-m", module], check=False, cwd=folder.parent).returncode
     ]
     if failed:
         print(f"failed: {', '.join(failed)}")
