@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from segmill import cli, sweep, verbs
 from segmill.errors import SegmillError
@@ -153,6 +154,15 @@ def test_trace_shows_the_stack(fake, capsys):
 @pytest.mark.parametrize("verb", ["stop", "down"])
 def test_ctrl_c_ends_with_status_130(fake, verb):
     assert cli.main([verb, "run=x", "a.jpg"]) == 130
+
+
+def test_sigterm_is_no_success(fake, monkeypatch, capsys):
+    def shut_down(config, context):
+        raise SIGTERMException
+
+    monkeypatch.setattr(sys.modules["fake_command"], "shut_down", shut_down)
+    assert cli.main(["down", "run=x", "a.jpg"]) == 143
+    assert "SIGTERM" in capsys.readouterr().err
 
 
 def test_comma_lists_make_the_cartesian_product():

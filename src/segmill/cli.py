@@ -19,7 +19,7 @@ from segmill.options import suggestion
 from segmill.verbs import VERBS, Verb
 
 FLAGS = ("-h", "--help", "--dry-run", "--verify", "--trace", "-m", "--multirun", "--version")
-WRONG_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+WRONG_INPUT, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Line:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; the exit status is 0, 1 (failed), 2 (wrong input) or 130 (Ctrl-C)."""
+    """Run one command line; the exit status is 0, 1 (failed), 2 (wrong input), 130 (Ctrl-C) or 143
+    (SIGTERM)."""
     argv = tuple(sys.argv[1:] if argv is None else argv)
     try:
         line = _taken_apart(argv)
@@ -45,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:
         # Lightning shuts a run down after Ctrl-C and then exits with 1.
         if isinstance(error.__context__, KeyboardInterrupt):
-            return INTERRUPTED
+            return _report(argv, "Stopped.", INTERRUPTED)
+        if error.code is None:  # Lightning's word for SIGTERM, which Python takes for success
+            return _report(argv, "Ended by SIGTERM.", TERMINATED)
         raise
     except Exception as error:
         text = f"{type(error).__name__}: {error}\nThis is unexpected. Run again with --trace to see"

@@ -15,7 +15,6 @@ from segmill.commands.adapt_parts import MIXED, AdaptParts, build_adapt_parts
 from segmill.commands.adapt_pictures import Pictures
 from segmill.commands.adapt_report import write_results
 from segmill.commands.adapt_rows import Row, rows_of, saved_rows
-from segmill.commands.ranks import WatchRanks
 from segmill.commands.run_folder import new_run_folder, write_provenance
 from segmill.commands.trainer import build_loggers, finish_loggers
 from segmill.configuration import Invocation, build
@@ -99,11 +98,9 @@ def _fit(
     if parts.is_first_process:
         module.on_image = pictures.keep_for(row.name, task)
     every = parts.settings.log_every
-    callbacks = [
-        WatchRanks(),
-        TaskLog(task, first=first, every=every, loggers=loggers, line=f"{row.name}  {task.name}"),
-    ]
-    trainer = parts.settings.trainer(folder, epochs=row.tta.max_epochs, callbacks=[*callbacks])
+    line = f"{row.name}  {task.name}"
+    callback = TaskLog(task, first=first, every=every, loggers=loggers, line=line)
+    trainer = parts.settings.trainer(folder, epochs=row.tta.max_epochs, callbacks=[callback])
     loader = parts.loader(task, mixed=row.tta.mixed)
     trainer.fit(module, train_dataloaders=loader)
     return module.record.result(task=task.name, corruption=task.corruption, severity=task.severity)

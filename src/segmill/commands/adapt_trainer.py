@@ -11,9 +11,9 @@ from typing import Any, Literal
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from segmill.commands.quiet import quiet_lightning
+from segmill.commands.ranks import WatchedProcesses
 from segmill.errors import SegmillError
 
 
@@ -82,7 +82,7 @@ class AdaptTrainerSettings:
         """Lightning's FSDP2 for several processes; a process that waits too long gives up."""
         if self.processes == 1:
             return "auto"
-        return ModelParallelStrategy(
+        return WatchedProcesses(
             data_parallel_size=self.processes,
             tensor_parallel_size=1,
             timeout=timedelta(seconds=self.timeout),

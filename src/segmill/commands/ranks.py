@@ -7,96 +7,113 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import lightning
-from lightning.pytorch.callbacks import Callback
-
-from segmill.errors import SegmillError
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 PERIOD = 0.5  # seconds between two looks
-FAILED = 1
+PATIENCE = 4 * PERIOD
+FAILED, INTERRUPTED = 1, 130
+FIRST = "SEGMILL_FIRST_PROCESS"  # its id, for the processes that it starts
+THREAD = "watch-ranks"
+# What to tell the user, and the exit status; an empty text means that there is nobody left.
+News = tuple[str, int]
 
 
-class WatchRanks(Callback):
-    """The first process looks after those that it started, and they after it."""
+class WatchedProcesses(ModelParallelStrategy):
+    """Lightning's FSDP2, whose processes look after each other.
 
-    def __init__(self) -> None:
-        self._children: list[Any] = []
+    The first process watches those that it has started, and they watch it. Where SLURM or torchrun
+    starts them all, these do.
+    """
 
-    def setup(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,  # noqa: ARG002
-        stage: str,  # noqa: ARG002
-    ) -> None:
-        """Start looking, once for each process of the run."""
-        if trainer.world_size == 1 or any(
-            each.name == "watch-ranks" for each in threading.enumerate()
-        ):
-            return
-        if trainer.local_rank == 0:
-            launcher: Any = trainer.strategy.launcher
-            children = self._children = [] if launcher is None else list(launcher.procs)
-            _start(lambda: _dead_child(children), children)
-        else:
-            parent = os.getppid()
-            _start(lambda: _dead_parent(parent), [])
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.environ[FIRST] = str(os.getpid())
 
-    def on_exception(
-        self,
-        trainer: lightning.Trainer,  # noqa: ARG002
-        pl_module: lightning.LightningModule,  # noqa: ARG002
-        exception: BaseException,
-    ) -> None:
-        """Where the collective operation itself fails: say who is gone, not how it failed."""
-        if isinstance(exception, RuntimeError) and self._children:
-            time.sleep(2 * PERIOD)
-            if message := _dead_child(self._children):
-                raise SegmillError(message) from exception
+    def setup_environment(self) -> None:
+        """Look from before the processes meet: one may die on its way."""
+        launcher: Any = self.launcher
+        _watch([] if launcher is None else list(launcher.procs))
+        super().setup_environment()
+
+    def on_train_start(self) -> None:
+        """SIGTERM ends a process, as everywhere; Lightning would have it join the others first,
+        in the middle of what they do together, and wait for ever."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Where an operation failed because another process is gone, the thread says so, and ends
+        this one before the operation's own words come out."""
+        if isinstance(exception, KeyboardInterrupt):
+            _interrupted.set()
+        elif isinstance(exception, RuntimeError):
+            time.sleep(PATIENCE)
 
 
-def _start(look: Any, children: list[Any]) -> None:
+_interrupted = threading.Event()
+
+
+def _watch(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Start looking, once for each process of the run."""
+    if any(each.name == THREAD for each in threading.enumerate()):
+        return
+    first = int(os.environ.get(FIRST, os.getpid()))
+    if children:
+        _start(lambda: _of_children(children), children)
+    elif first != os.getpid():
+        _start(lambda: _of_first(first), [])
+
+
+def _start(look: Callable[[], News | None], children: Sequence[subprocess.Popen[bytes]]) -> None:
     def watch() -> None:
-        while (message := look()) is None:
+        while (news := look()) is None:
             time.sleep(PERIOD)
-        if message:
-            _end(message, children)
+        message, status = news
+        if status == INTERRUPTED:  # Ctrl-C reaches all; this process may find its own way out
+            time.sleep(PATIENCE)
+        if message and not _interrupted.is_set():
+            _end(message, status, children)
 
-    threading.Thread(target=watch, name="watch-ranks", daemon=True).start()
+    threading.Thread(target=watch, name=THREAD, daemon=True).start()
 
 
-def _dead_child(children: list[Any]) -> str | None:
-    """None: all well. Empty: they have finished. Otherwise what to tell the user."""
+def _of_children(children: Sequence[subprocess.Popen[bytes]]) -> News | None:
+    """None: all well."""
     codes = [child.poll() for child in children]
     if all(code == 0 for code in codes):
-        return ""
+        return "", 0
+    if any(code in (INTERRUPTED, -signal.SIGINT) for code in codes):
+        return "Stopped.", INTERRUPTED
     for rank, code in enumerate(codes, start=1):
         if code:
             how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
             return (
-                f"Process {rank} of {len(children) + 1} ended {how} before the run was over, so "
-                "the run was stopped. Its own message stands above; without one, look for a device "
+                f"Process {rank}, counted from 0, ended {how} before the run was over, so the "
+                "run was stopped. Its own message stands above; without one, look for a device "
                 "that ran out of memory, or a machine that did. Finished tasks are kept: go on "
                 "with resume=RUN."
-            )
+            ), FAILED
     return None
 
 
-def _dead_parent(parent: int) -> str | None:
-    if os.getppid() == parent:
+def _of_first(first: int) -> News | None:
+    if os.getppid() == first:
         return None
     rank = os.environ.get("LOCAL_RANK", "?")
-    return f"The first process of the run has ended, so process {rank} ends too."
+    return f"The first process of the run has ended, so process {rank} ends too.", FAILED
 
 
-def _end(message: str, children: list[Any]) -> None:
+def _end(message: str, status: int, children: Sequence[subprocess.Popen[bytes]]) -> None:
     sys.stderr.write(f"segmill: {message}\n")
     sys.stderr.flush()
     for child in children:
         child.kill()
     # A process inside a collective operation cannot be ended by an exception.
-    os._exit(FAILED)
+    os._exit(status)
