@@ -29,6 +29,7 @@ from segmill.tta.module import TTAModule
 
 MIXED = Task(index=1, corruption="mixed", severity=0)
 RANDOM = "random"
+WITHOUT = "Methods without a guide (source, bn, tent, sar, cotta) run with model.generative=null."
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def build_adapt_parts(config: DictConfig) -> AdaptParts:
             f"protocol.pad_divisor={protocol.pad_divisor}: adaptation takes images as they are. "
             "Set protocol.pad_divisor=null, or protocol.multiple to stretch them."
         )
-    guided = config.tta.forward_mode == "tta"
+    guided = config.tta.forward_mode == "tta" and config.model.generative is not None
     _refuse_missing(config, guided=guided)
     data: TaskData = build(config.data, protocol=protocol, seed=config.seed)
     extra: dict[str, Any] = {"discriminative": _discriminative(config, data)}
@@ -152,7 +153,10 @@ def _refuse_missing(config: DictConfig, *, guided: bool) -> None:
     if guided:
         node = config.model.generative
         target: Any = build({"_target_": node["_target_"], "_partial_": True}).func
-        missing += target.missing(**{k: v for k, v in node.items() if k != "_target_"})
+        absent = target.missing(**{k: v for k, v in node.items() if k != "_target_"})
+        missing += absent
+        if absent:
+            missing[-1] += f" {WITHOUT}"
     if len(missing) == 1:
         raise SegmillError(missing[0])
     if missing:
