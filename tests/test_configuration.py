@@ -241,3 +241,10 @@ def test_a_mapping_may_bring_its_own_keys():
 
 def test_a_mapping_with_a_misspelt_argument_is_refused():
     assert "did you mean learning_rate" in refusal("optimizer={learning_rat: 1.0}")
+
+
+def test_a_list_takes_the_place_of_a_mapping():
+    rows = compose("adapt", ["experiment=camvid-c", "methods=[tent,dusa]"]).methods
+    assert list(rows) == ["tent", "dusa"]
+    expected = "data.splits=['a']: segmill.data.datamodule.SegmentationData expects a mapping"
+    assert expected in refusal("data.splits=[a]")

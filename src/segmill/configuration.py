@@ -50,7 +50,8 @@ def compose(command: str, overrides: Sequence[str]) -> DictConfig:
     chosen, values = _split(command, parsed, problems)
     base = _hydra(command, chosen, problems)
     known = [each for each in values if _key_exists(each, base, parsed, problems)]
-    config = _hydra(command, [*chosen, *(_line(each) for each in known)], problems)
+    lines = [line for each in known for line in _lines(each, base)]
+    config = _hydra(command, [*chosen, *lines], problems)
     problems += problems_in(config, KEYS.get(command))
     if problems:
         raise SegmillError(_paragraph(problems))
@@ -159,11 +160,19 @@ def _no_option(command: str, group: str, name: str) -> str:
     return f"{group}={name}: there is no such option in configs/{group}{hint}{listed}"
 
 
-def _line(override: Override) -> str:
-    """The override for Hydra; a mapping may bring new keys, which problems_in looks at later."""
-    line = override.input_line or ""
-    adds = override.is_add() or override.is_force_add() or override.is_delete()
-    return f"++{line}" if isinstance(override.value(), dict) and not adds else line
+def _lines(override: Override, base: DictConfig) -> list[str]:
+    """The override for Hydra; a mapping may bring new keys, which problems_in looks at later.
+
+    A list takes the place of a mapping, with which Hydra would try to merge it.
+    """
+    line, key = override.input_line or "", override.key_or_group
+    if override.is_add() or override.is_force_add() or override.is_delete():
+        return [line]
+    if isinstance(override.value(), dict):
+        return [f"++{line}"]
+    if isinstance(override.value(), list) and isinstance(OmegaConf.select(base, key), DictConfig):
+        return [f"~{key}", f"+{line}"]
+    return [line]
 
 
 def _key_exists(
