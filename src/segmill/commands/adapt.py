@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import lightning
@@ -19,8 +19,9 @@ from segmill.commands.run_folder import new_run_folder, write_provenance
 from segmill.commands.trainer import build_loggers, finish_loggers
 from segmill.configuration import Invocation, build
 from segmill.data.tasks import Task
-from segmill.tta.log import TaskLog
-from segmill.tta.results import MethodResult, TaskResult, load_task, save_task
+from segmill.tta.log import TaskLog, log_summary
+from segmill.tta.method import Method
+from segmill.tta.results import SOURCE, MethodResult, TaskResult, load_task, save_task
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +35,11 @@ def run(config: DictConfig, context: Invocation) -> None:
         config, rows = saved_rows(resumed, context)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     parts = build_adapt_parts(config)
+    methods = parts.methods(rows)
     if parts.settings.fast_dev_run:
-        _fast_dev_run(parts, rows)
+        _fast_dev_run(parts, rows, methods)
         return
-    folder = resumed or new_run_folder(config.output_dir, run_name(config))
+    folder = resumed or new_run_folder(config.output_dir, run_name(config, rows))
     parts.module.evidence = folder / "evidence"
     if resumed is None and parts.is_first_process:
         config.methods = list(rows)
@@ -49,20 +51,28 @@ def run(config: DictConfig, context: Invocation) -> None:
     log.info("Run folder: %s\n%s", folder, parts.summary())
     shown = [MIXED] if config.tta.mixed else parts.data.tasks  # all: parts of a run agree on them
     pictures = Pictures(folder, shown, count=config.pictures, images=parts.images)
-    results = [_adapt(row, parts, folder, pictures) for row in rows.values()]
+    try:
+        results = [_adapt(row, methods[row.name], parts, folder, pictures) for row in rows.values()]
+    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
+        log.info("Finished tasks are kept. Go on with: segmill adapt resume=%s", folder)
+        raise
     if parts.is_first_process:
         write_results(folder, results, parts, pictures, config)
         log.info("Next: open %s", folder / "report.html")
 
 
-def run_name(config: DictConfig) -> str:
+def run_name(config: DictConfig, rows: Collection[str]) -> str:
     """`experiment.name`, else method, data and seed."""
     if config.experiment.name is not None:
         return str(config.experiment.name)
-    return f"adapt_{config.method_name}_{config.data.name}_seed{config.seed}"
+    compared = [name for name in rows if name != SOURCE] or [SOURCE]
+    method = compared[0] if len(compared) == 1 else "comparison"
+    return f"adapt_{method}_{config.data.name}_seed{config.seed}"
 
 
-def _adapt(row: Row, parts: AdaptParts, folder: Path, pictures: Pictures) -> MethodResult:
+def _adapt(
+    row: Row, method: Method, parts: AdaptParts, folder: Path, pictures: Pictures
+) -> MethodResult:
     """All tasks of one method, in order; a finished task of an interrupted run is read."""
     own = folder / row.name
     tasks = parts.streams(mixed=row.tta.mixed)
@@ -70,17 +80,24 @@ def _adapt(row: Row, parts: AdaptParts, folder: Path, pictures: Pictures) -> Met
     loggers: list[Logger] = []
     if len(done) < len(tasks) and parts.is_first_process:
         loggers = build_loggers(build(row.config.logging), own, group=folder.name)
-    parts.begin(row)
+    parts.begin(row, method)
     found = list(done)
     for task in tasks[len(done) :]:
         if not row.tta.continual:
             parts.module.reset()
-        first = sum(len(each.names) for each in found)
+        first = _seen(row, found)
         found.append(_fit(row, parts, task, first, loggers, pictures, own))
         if parts.is_first_process:
             save_task(own, found[-1])
+    result = MethodResult(name=row.name, tasks=tuple(found), order=parts.data.order_hash())
+    log_summary(loggers, result, step=_seen(row, found))
     finish_loggers(loggers)
-    return MethodResult(name=row.name, tasks=tuple(found), order=parts.data.order_hash())
+    return result
+
+
+def _seen(row: Row, tasks: Sequence[TaskResult]) -> int:
+    """Images that the loggers' step has counted."""
+    return sum(len(task.names) for task in tasks) * row.tta.max_epochs
 
 
 def _fit(
@@ -117,12 +134,14 @@ def _finished(folder: Path, tasks: Sequence[Task], *, independent: bool) -> list
     return found if independent or len(found) == len(tasks) else []
 
 
-def _fast_dev_run(parts: AdaptParts, rows: dict[str, Row]) -> None:
+def _fast_dev_run(
+    parts: AdaptParts, rows: Mapping[str, Row], methods: Mapping[str, Method]
+) -> None:
     """One image of the first task for every method; nothing is written."""
     with tempfile.TemporaryDirectory() as scratch:
         pictures = Pictures(Path(scratch), [], count=0, images=1)
         for row in rows.values():
-            parts.begin(row)
+            parts.begin(row, methods[row.name])
             task = parts.streams(mixed=row.tta.mixed)[0]
             result = _fit(row, parts, task, 0, [], pictures, Path(scratch))
             log.info("%s: loss %.4f, %.2f seconds", row.name, result.loss, result.seconds)

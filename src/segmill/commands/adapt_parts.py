@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader
 
-from segmill.checkpoint.load import find_file, load_weights
+from segmill.checkpoint.load import RUN_WEIGHTS, find_file, load_weights
 from segmill.commands.adapt_rows import Row
 from segmill.commands.adapt_trainer import AdaptTrainerSettings
 from segmill.configuration import build
@@ -25,6 +25,7 @@ from segmill.models.combined import CombinedModel
 from segmill.models.discriminative import Discriminative
 from segmill.protocol import Protocol
 from segmill.segmenter import open_segmenter
+from segmill.tta.method import Method
 from segmill.tta.module import TTAModule
 
 MIXED = Task(index=1, corruption="mixed", severity=0)
@@ -47,7 +48,8 @@ class AdaptParts:
     @property
     def is_first_process(self) -> bool:
         """Whether this process writes files."""
-        return os.environ.get("LOCAL_RANK", "0") == "0"
+        rank: Any = rank_zero_only  # known before there is a Trainer, whoever starts the processes
+        return rank.rank == 0
 
     @property
     def images(self) -> int:
@@ -68,14 +70,29 @@ class AdaptParts:
         limit = 1 if self.settings.fast_dev_run else self.limit
         return self.data.loader(self.data.tasks if mixed else [task], limit=limit)
 
-    def begin(self, row: Row) -> None:
+    def methods(self, rows: Mapping[str, Row]) -> dict[str, Method]:
+        """The rows' methods; what one of them cannot work with is refused before the first runs."""
+        methods = {}
+        for name, row in rows.items():
+            try:
+                self._set(row)
+                methods[name] = build(row.config.tta.method, model=self.model)
+                if methods[name].parameters_to_update() and row.config.optimizer is None:
+                    raise SegmillError(f"tta={row.config.method_name} needs an optimizer.")
+            except SegmillError as error:
+                raise SegmillError(f"methods: {name}: {error}") from error
+        return methods
+
+    def begin(self, row: Row, method: Method) -> None:
         """Take up the row's method with its settings of the update and the loss."""
-        self.model.update = build(row.config.model["update"])  # .update is a method of mappings
-        self.model.loss = build(row.config.model.loss)
-        method = build(row.config.tta.method, model=self.model)
+        self._set(row)
         optimizer = None if row.config.optimizer is None else build(row.config.optimizer)
         self.module.predict = row.tta.predict
         self.module.begin(method, optimizer, batch_statistics=row.tta.batch_statistics)
+
+    def _set(self, row: Row) -> None:
+        self.model.update = build(row.config.model["update"])  # .update is a method of mappings
+        self.model.loss = build(row.config.model.loss)
 
     def summary(self) -> str:
         """What runs where, in two lines."""
@@ -98,6 +115,8 @@ def build_adapt_parts(config: DictConfig) -> AdaptParts:
             f"protocol.pad_divisor={protocol.pad_divisor}: adaptation takes images as they are. "
             "Set protocol.pad_divisor=null, or protocol.multiple to stretch them."
         )
+    if config.limit is not None and config.limit < 1:
+        raise SegmillError(f"limit={config.limit} should be 1 or more images, or null for all.")
     guided = config.tta.forward_mode == "tta" and config.model.generative is not None
     _refuse_missing(config, guided=guided)
     data: TaskData = build(config.data, protocol=protocol, seed=config.seed)
@@ -112,7 +131,7 @@ def build_adapt_parts(config: DictConfig) -> AdaptParts:
         seed=config.seed,
         predict=config.tta.predict,
         compiled=settings.compile,
-        evidence=Path("evidence"),
+        evidence=None,
     )
     chosen = _chosen(config, len(data.tasks))
     return AdaptParts(data, model, module, settings, protocol, config.limit, chosen)
@@ -143,13 +162,15 @@ def _refuse_missing(config: DictConfig, *, guided: bool) -> None:
             missing.append(str(error))
 
     look(lambda: build(config.data, protocol=build(config.protocol), seed=config.seed))
-    if config.run is None and config.weights is None:
+    if config.run is not None:
+        look(lambda: _require_run(Path(config.run)))
+    elif config.weights is None:
         missing.append(
             "There is no model to adapt: give run=runs/NAME, or weights=FILE for "
             "model/discriminative=NAME."
         )
-    elif config.run is None and config.weights != RANDOM:
-        look(lambda: find_file(config.weights))
+    elif config.weights != RANDOM:
+        look(lambda: _require_file(find_file(config.weights)))
     if guided:
         node = config.model.generative
         target: Any = build({"_target_": node["_target_"], "_partial_": True}).func
@@ -162,6 +183,16 @@ def _refuse_missing(config: DictConfig, *, guided: bool) -> None:
     if missing:
         lines = "\n".join(f"  {number}. {each}" for number, each in enumerate(missing, start=1))
         raise SegmillError(f"{len(missing)} things are missing here; nothing was started.\n{lines}")
+
+
+def _require_run(path: Path) -> None:
+    if not (path / RUN_WEIGHTS if path.is_dir() else path).is_file():
+        open_segmenter(path)  # says what is wrong with it
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise SegmillError(f"weights={path} does not exist (seen from {Path.cwd()}).")
 
 
 def _discriminative(config: DictConfig, data: TaskData) -> Discriminative:

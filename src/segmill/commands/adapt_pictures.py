@@ -27,7 +27,8 @@ class Pictures:
     def __init__(self, folder: Path, tasks: Sequence[Task], *, count: int, images: int) -> None:
         self._folder = folder
         chosen = [(tasks[n * len(tasks) // count], n % images) for n in range(count)]
-        self.wanted = [(task.name, index) for task, index in chosen]
+        # Few images: each once.
+        self.wanted = list(dict.fromkeys((task.name, index) for task, index in chosen))
 
     def keep_for(self, method: str, task: Task) -> Callable[[int, dict[str, Any], Tensor], None]:
         """What TTAModule calls for every image of a task."""

@@ -37,6 +37,12 @@ class AdaptTrainerSettings:
                 raise SegmillError(
                     f"trainer.{name}={getattr(self, name)} should be a whole number from 1 on."
                 )
+        if self.accelerator == "gpu" and not torch.cuda.is_available():
+            raise SegmillError(
+                "trainer.accelerator=gpu, but torch sees no GPU here (segmill doctor says more). "
+                "trainer=adapt_cpu runs on the CPU."
+            )
+        self._check_devices()
 
     @property
     def on_gpu(self) -> bool:
@@ -77,6 +83,27 @@ class AdaptTrainerSettings:
         if self.devices == "auto":
             return torch.cuda.device_count() if self.on_gpu else 1
         return [int(index) for index in self.devices]
+
+    def _check_devices(self) -> None:
+        """A count of 1 or more; on GPUs no more than there are, or their numbers."""
+        if isinstance(self.devices, int):
+            wrong = self.devices < 1 or (self.on_gpu and self.devices > torch.cuda.device_count())
+        elif self.devices == "auto":
+            wrong = False
+        else:
+            there = range(torch.cuda.device_count()) if self.on_gpu else ()
+            wrong = not self.devices or any(index not in there for index in self.devices)
+        if wrong and self.on_gpu:
+            raise SegmillError(
+                f"trainer.devices={self.devices}: {torch.cuda.device_count()} GPUs are visible "
+                "(CUDA_VISIBLE_DEVICES decides). Give a count up to that, a list of their numbers "
+                "from 0 on, or auto."
+            )
+        if wrong:
+            raise SegmillError(
+                f"trainer.devices={self.devices}: on the CPU this is the number of processes, 1 or "
+                "more; auto is 1."
+            )
 
     def _strategy(self) -> Any:
         """Lightning's FSDP2 for several processes; a process that waits too long gives up."""

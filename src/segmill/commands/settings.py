@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from segmill.errors import SegmillError
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentSettings:
@@ -56,12 +58,34 @@ class EvalKeys:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TTASettings:
+    """The keys under `tta` of configs/adapt.yaml; `method` builds a segmill.tta.method.Method."""
+
+    method: Any
+    forward_mode: Literal["tta", "discriminative_only"]
+    continual: bool
+    mixed: bool
+    predict: Literal["before", "after"]
+    batch_statistics: bool
+    max_epochs: int
+
+    def __post_init__(self) -> None:
+        if self.max_epochs < 1:
+            raise SegmillError(f"tta.max_epochs={self.max_epochs} should be 1 or more.")
+        if self.mixed and self.continual:
+            raise SegmillError(
+                "tta.mixed=true is one stream of all tasks, so there is nothing that "
+                "tta.continual=true could carry on. Choose one of them."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdaptKeys:
     """Root of configs/adapt.yaml."""
 
     data: Any
     model: Any
-    tta: Any
+    tta: TTASettings
     optimizer: Any
     protocol: Any
     trainer: Any

@@ -203,7 +203,7 @@ def finish_loggers(loggers: Sequence[Logger]) -> None:
 def _keep_older_metrics(folder: Path) -> None:
     """A resumed run starts a new metrics.csv; Lightning would delete the one that is there."""
     metrics = folder / "metrics.csv"
-    if metrics.exists() and "LOCAL_RANK" not in os.environ:
+    if metrics.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
         metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv'))) + 1}.csv")
 
 

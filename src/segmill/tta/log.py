@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import lightning
@@ -11,6 +13,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from segmill.data.tasks import Task
 from segmill.tta.module import TTAModule
+from segmill.tta.results import MethodResult
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +21,8 @@ log = logging.getLogger(__name__)
 class TaskLog(Callback):
     """Writes `tta/03_motion_blur_5/mIoU` and `/loss` over `/image`, the number of images so far.
 
-    `first` is the number of images of the tasks before: loggers want one step that only grows.
+    The number grows from epoch to epoch. `first` is that of the tasks before: loggers want one step
+    that only grows.
     """
 
     def __init__(
@@ -55,31 +59,40 @@ class TaskLog(Callback):
         batch: Any,  # noqa: ARG002
         batch_idx: int,
     ) -> None:
-        """Every so many images, and at the first one."""
-        if batch_idx % self._every == 0:
+        """Every so many images, at the first one, and at the last: the task's score."""
+        if batch_idx % self._every == 0 or batch_idx + 1 == trainer.num_training_batches:
             self._write(trainer, pl_module)
 
     def on_train_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+        self,
+        trainer: lightning.Trainer,  # noqa: ARG002
+        pl_module: lightning.LightningModule,  # noqa: ARG002
     ) -> None:
-        """The task's final score is always written."""
-        self._write(trainer, pl_module)
+        """What was logged is on disk."""
         for logger in self._loggers:
             logger.save()
 
     def _write(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         assert isinstance(module, TTAModule)
-        images, miou, loss = (
-            len(module.record.names),
-            module.record.miou(),
-            module.record.mean_loss(),
-        )
-        values = {"mIoU": miou, "loss": loss, "image": float(images)}
+        record, total = module.record, int(trainer.num_training_batches)
+        images, miou, loss = len(record.names), record.miou(), record.mean_loss()
+        seen = trainer.current_epoch * total + images
+        values = {"mIoU": miou, "loss": loss, "image": float(seen)}
         for logger in self._loggers:
             logger.log_metrics(
                 {f"tta/{self._task.name}/{key}": value for key, value in values.items()},
-                step=self._first + images,
+                step=self._first + seen,
             )
         if trainer.is_global_zero:
-            total = int(trainer.num_training_batches)
             log.info("%s  %d/%d  mIoU %.2f  loss %.4f", self._line, images, total, 100 * miou, loss)
+
+
+def log_summary(loggers: Sequence[Logger], result: MethodResult, *, step: int) -> None:
+    """The end of a method: the mean of its tasks, and in W&B a table of them."""
+    means = {f"tta/{name}": value for name, value in result.scores.items() if math.isfinite(value)}
+    for logger in loggers:
+        logger.log_metrics(means, step=step)
+        if isinstance(logger, WandbLogger):
+            columns = ["task", "mIoU", "loss", "seconds per image"]
+            rows = [[task.task, task.mIoU, task.loss, task.seconds] for task in result.tasks]
+            logger.log_table("tta/tasks", columns=columns, data=rows)

@@ -42,7 +42,8 @@ class TTAModule(lightning.LightningModule):
     """Adapts `model` to the images of one task after another; a Trainer fits it once for each.
 
     Batches are those of `TaskData.loader`: one image. `on_image(index, batch, pred)` is called for
-    every image, which is how pictures for a report are kept.
+    every image, which is how pictures for a report are kept; `evidence` is a folder for an image
+    whose loss is not finite.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class TTAModule(lightning.LightningModule):
         seed: int,
         predict: Literal["before", "after"],
         compiled: bool,
-        evidence: Path,
+        evidence: Path | None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -184,20 +185,23 @@ class TTAModule(lightning.LightningModule):
         return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 
     def _stop(self, loss: float, batch: dict[str, Any]) -> None:
-        folder = self.evidence / f"rank{self.global_rank}"
-        write_evidence(
-            folder,
-            step=len(self.record.names),
-            terms={"loss": loss},
-            names=[batch["name"]],
-            gradient_norms={},
-            images=batch["original"].cpu().numpy(),
-            labels=batch["label"].cpu().numpy(),
-        )
+        kept = ""
+        if self.evidence is not None:
+            folder = self.evidence / f"rank{self.global_rank}"
+            write_evidence(
+                folder,
+                step=len(self.record.names),
+                terms={"loss": loss},
+                names=[batch["name"]],
+                gradient_norms={},
+                images=batch["original"].cpu().numpy(),
+                labels=batch["label"].cpu().numpy(),
+            )
+            kept = f" The image is kept in {folder}."
         raise SegmillError(
             f"The loss of image {batch['name']} (number {len(self.record.names) + 1} of its task) "
-            f"is {loss}. The image is kept in {folder}. Usual causes: optimizer.learning_rate is "
-            "too high for this model, or the guide's weights are not what model.generative says."
+            f"is {loss}.{kept} Usual causes: optimizer.learning_rate is too high for this model, "
+            "or the guide's weights are not what model.generative says."
         )
 
 
