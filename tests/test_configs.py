@@ -29,7 +29,7 @@ OPTIONS = [
     for group in ("data", "protocol", "optim", "trainer", "logging")
     for option in options(group)
 ]
-MODELS = sorted(options("model"))
+MODELS = sorted(fitting("train", "model"))
 BACKBONES = sorted(options("model/backbone"))
 
 

@@ -255,8 +255,16 @@ def _foreign(command: str, choices: Mapping[Any, Any]) -> list[str]:
             problems.append(
                 f"{group}={option} is for segmill {listed}; "
                 f"{command.replace('_', ' ')} takes {', '.join(sorted(taken))}"
+                f"{_part_of_that_name(group, option)}"
             )
     return problems
+
+
+def _part_of_that_name(group: str, option: str) -> str:
+    """`; did you mean model/discriminative=NAME?`"""
+    folder, _, name = option.rpartition("/")
+    part = f"{group}/{folder}"
+    return f"; did you mean {part}={name}?" if folder and part in groups() else ""
 
 
 def _shadowed(choices: Mapping[Any, Any]) -> list[str]:

@@ -52,7 +52,7 @@ def fitting(command: str, group: str) -> dict[str, str]:
     found = options(group)
     if wanted is None:
         return found
-    foreign = {kinds.get(group) for kinds in BUILDS.values()} - {wanted}
+    foreign = {kinds.get(group) for kinds in BUILDS.values()} - {wanted, None}
     return {name: each for name, each in found.items() if target_of(group, each) not in foreign}
 
 
@@ -64,9 +64,15 @@ def target_of(group: str, option: str) -> str | None:
     for line in lines:
         if line.startswith("_target_:"):
             return line.partition(":")[2].partition("#")[0].strip()
-    parents = [line.strip().removeprefix("- ") for line in lines if line.strip().startswith("- ")]
-    found = (target_of(group, name) for name in parents if name != "_self_" and ":" not in name)
-    return next((target for target in found if target is not None), None)
+    for line in lines:
+        name = line.strip().removeprefix("- ").removesuffix("@_here_")
+        if line.strip().startswith("- ") and name != "_self_" and ":" not in name:
+            own = f"{group}/{option}".rpartition("/")[0]
+            parent_group, _, parent = name.lstrip("/").rpartition("/")
+            target = target_of(parent_group if name.startswith("/") else own, parent)
+            if target is not None:
+                return target
+    return None
 
 
 def suggestion(word: str, candidates: Iterable[str], *, prefix: str = "") -> str:

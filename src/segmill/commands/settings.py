@@ -162,19 +162,21 @@ KEYS: dict[str, type] = {
     "demo": DemoKeys,
 }
 
+_MODEL = {"model": "segmill.models.discriminative.Discriminative"}
 _TRAINING = {
     "data": "segmill.data.datamodule.SegmentationData",
     "trainer": "segmill.commands.trainer.TrainerSettings",
 }
 _ADAPTATION = {
     "data": "segmill.data.task_data.TaskData",
+    "model": "segmill.models.combined.CombinedModel",
     "trainer": "segmill.commands.adapt_trainer.AdaptTrainerSettings",
 }
 # Command -> group -> what its options build. An option that builds what another command wants is
 # refused by name; a class that stands in no row is the user's own and checked like any other.
 BUILDS: dict[str, dict[str, str]] = {
-    "train": _TRAINING,
-    "eval": _TRAINING,
+    "train": {**_TRAINING, **_MODEL},
+    "eval": {**_TRAINING, **_MODEL},
     "data_check": {"data": _TRAINING["data"]},
     "adapt": _ADAPTATION,
     "corrupt": {"data": _ADAPTATION["data"]},
