@@ -1,5 +1,6 @@
 """A guide as the network of a training run: its loss, what it answers, and its file."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def classifier(**changes: object) -> GuideClassifier:
         "t_range": (0.1, 0.6),
         "classes_per_image": None,
         "unconditional": 0.1,
+        "contrast": 0.0,
         "read_out": ReadOut(times=(0.3, 0.5), seed=0),
         **changes,
     }
@@ -217,3 +219,18 @@ def test_the_file_of_a_guide_holds_its_codec_too(tmp_path: Path, codec_file: Pat
     alone = build({**facts, "weights": str(tmp_path), "codec": codec})
     alone.fill(torch.device("cpu"))
     assert torch.equal(alone.encode(window), expected)
+
+
+def test_contrast_adds_the_cross_entropy_of_the_errors():
+    image, label = samples(4, seed=3)
+    made = classifier(unconditional=0.0, contrast=0.5)
+    torch.manual_seed(0)
+    terms = made.losses(image, label)
+    assert set(terms) == {"guide.loss_mse", "guide.loss_ce"}
+    torch.manual_seed(0)
+    plain = classifier(unconditional=0.0)
+    plain.load_state_dict(made.state_dict())
+    torch.manual_seed(0)
+    assert set(plain.losses(image, label)) == {"guide.loss_mse"}
+    # A network that gives every class the same answer is worth a guess among the image's two.
+    torch.testing.assert_close(float(terms["guide.loss_ce"]), 0.5 * math.log(2), atol=0.05, rtol=0)

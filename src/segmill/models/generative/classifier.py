@@ -33,7 +33,9 @@ class GuideClassifier(nn.Module):
     """Images in -1..1 (mean and std 0.5) become minus the squared errors under each class.
 
     `t_range` are the shares of noise that are trained, `classes_per_image` how many of an image's
-    classes (null: all), and `unconditional` the share of images trained without a class.
+    classes (null: all), and `unconditional` the share of images trained without a class. The loss
+    alone lets a network that sees the class in the noisy image ignore the one it is told;
+    `contrast` weighs a cross-entropy over the classes' errors, which does not (0: none).
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class GuideClassifier(nn.Module):
         t_range: tuple[float, float],
         classes_per_image: int | None,
         unconditional: float,
+        contrast: float,
         read_out: ReadOut,
     ) -> None:
         super().__init__()
@@ -55,6 +58,7 @@ class GuideClassifier(nn.Module):
         self.guide = guide
         self.t_range, self.unconditional = t_range, unconditional
         self.classes_per_image, self.read_out = classes_per_image, read_out
+        self.contrast = contrast
 
     @property
     def backbone(self) -> nn.Module:
@@ -90,7 +94,12 @@ class GuideClassifier(nn.Module):
         predicted = self.guide.predict(noisy_latent, t, classes).float()
         error = (weights[:, :, None] * predicted).sum(dim=1) - target
         squared = error.square().mean(dim=1) * mask
-        return {"guide.loss_mse": squared.sum() / mask.sum().clamp(min=1)}
+        terms = {"guide.loss_mse": squared.sum() / mask.sum().clamp(min=1)}
+        if self.contrast > 0:
+            # The logarithm of a Gaussian's density with variance 1, as the target's parts have.
+            logits = -0.5 * (predicted - target[:, None]).square().sum(dim=2)
+            terms["guide.loss_ce"] = self.contrast * _cross_entropy(logits, weights, mask)
+        return terms
 
     def _errors(
         self,
@@ -138,6 +147,14 @@ class GuideClassifier(nn.Module):
         if size == list(image.shape[2:]):
             return pixels
         return F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def _cross_entropy(
+    logits: Float[Tensor, "B M h w"], weights: Float[Tensor, "B M h w"], mask: Bool[Tensor, "B h w"]
+) -> Float[Tensor, ""]:
+    """Mean over the cells that count; weights are the probabilities that the logits should give."""
+    entropy = -(weights * logits.log_softmax(dim=1)).sum(dim=1) * mask
+    return entropy.sum() / mask.sum().clamp(min=1)
 
 
 def class_shares(
