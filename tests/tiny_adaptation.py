@@ -5,7 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+
 from segmill.cli import main
+from segmill.data.scenes import ray_cast
+from segmill.tta.results import TaskResult, load_task
+
+TASKS = ("01_gaussian_noise_5", "02_contrast_5")
+# With windows of 64 pixels, 32 apart: two, two, one and three of them.
+SHAPES = ((64, 96), (96, 64), (64, 64), (64, 128))
 
 
 def tiny_adapt_words(folder: Path, **changes: object) -> list[str]:
@@ -45,3 +53,21 @@ def start_adapt(folder: Path, **changes: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+def write_shapes(folder: Path) -> None:
+    """Test images of `SHAPES` where `tiny_adapt_words` looks; use with data.generate=null."""
+    for seed, (height, width) in enumerate(SHAPES):
+        scene = ray_cast(seed, height=height, width=width)
+        pictures = {"images": scene.image[..., ::-1], "labels": scene.label}
+        for kind, pixels in pictures.items():
+            path = folder / "scenes" / kind / "test" / f"{seed:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), pixels)
+
+
+def results_of(run: Path, row: str, tasks: tuple[str, ...] = TASKS) -> list[TaskResult]:
+    """What a row of the comparison left, task by task."""
+    found = [load_task(run / row, task) for task in tasks]
+    assert all(each is not None for each in found)
+    return [each for each in found if each is not None]
