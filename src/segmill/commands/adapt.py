@@ -28,6 +28,11 @@ log = logging.getLogger(__name__)
 
 def run(config: DictConfig, context: Invocation) -> None:
     """Adapt by every method of the comparison; leaves tables, a report and what was logged."""
+    compare(config, context)
+
+
+def compare(config: DictConfig, context: Invocation) -> list[MethodResult]:
+    """The same, and what came out; nothing of a trial run."""
     resumed = None if config.resume is None else Path(config.resume)
     if resumed is None:
         rows = rows_of(config, context)
@@ -38,7 +43,7 @@ def run(config: DictConfig, context: Invocation) -> None:
     methods = parts.methods(rows)
     if parts.settings.fast_dev_run:
         _fast_dev_run(parts, rows, methods)
-        return
+        return []
     folder = resumed or new_run_folder(config.output_dir, run_name(config, rows))
     parts.module.evidence = folder / "evidence"
     if resumed is None and parts.is_first_process:
@@ -59,6 +64,7 @@ def run(config: DictConfig, context: Invocation) -> None:
     if parts.is_first_process:
         write_results(folder, results, parts, pictures, config)
         log.info("Next: open %s", folder / "report.html")
+    return results
 
 
 def run_name(config: DictConfig, rows: Collection[str]) -> str:

@@ -21,12 +21,14 @@ FOLDER = "pictures"
 class Pictures:
     """Chooses `count` images, spread over the tasks, and keeps what each method says of them.
 
+    They are the last ones of their tasks, when a method has had the time to adapt.
+
     RUN/pictures holds the images and labels, RUN/METHOD/pictures the predictions as class indices.
     """
 
     def __init__(self, folder: Path, tasks: Sequence[Task], *, count: int, images: int) -> None:
         self._folder = folder
-        chosen = [(tasks[n * len(tasks) // count], n % images) for n in range(count)]
+        chosen = [(tasks[n * len(tasks) // count], images - 1 - n % images) for n in range(count)]
         # Few images: each once.
         self.wanted = list(dict.fromkeys((task.name, index) for task, index in chosen))
 

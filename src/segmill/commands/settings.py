@@ -148,6 +148,7 @@ class DemoKeys:
     output_dir: str
     name: str
     steps: int
+    guide_steps: int
     seed: int
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from segmill.data.classes import Classes
 from segmill.report.charts import DotChart, dot_chart
-from segmill.report.comparison import Line, caption, columns_of, lines_of, short_names
+from segmill.report.comparison import caption, columns_of, lines_of, short_names
 from segmill.report.examples import BeforeAfter
 from segmill.report.html import TextTable, write_report
 from segmill.report.tables import Cell
@@ -33,7 +33,6 @@ def write_adaptation_report(
     seed: int,
 ) -> None:
     """Write the single-file report; `seed` is that of the resamples, as in the other tables."""
-    lines = lines_of(results, seed=seed)
     write_report(
         path,
         title=title,
@@ -43,13 +42,15 @@ def write_adaptation_report(
         facts=facts,
         curves={},
         examples=[],
-        tables=[_table(lines)],
+        tables=[adaptation_table(results, seed=seed)],
         dots=_dots(results) if len(results) > 1 else None,
         changes=examples,
     )
 
 
-def _table(lines: Sequence[Line]) -> TextTable:
+def adaptation_table(results: Sequence[MethodResult], *, seed: int) -> TextTable:
+    """Methods and corruptions, as a table of any report."""
+    lines = lines_of(results, seed=seed)
     columns = columns_of(lines)
     rows = [
         [Cell(line.result.name), *(column.cells[index] for column in columns)]
