@@ -69,9 +69,8 @@ class TaskData:
         if label is None:
             raise DataError(f"data={name} has no labels (data.label is null): nothing to score by.")
         self.name, self.classes = name, counted_classes(classes, num_classes)
-        self.num_classes, self.channels = num_classes, channels
-        self.crop, self.test_scale = crop, test_scale
-        self.workers, self.protocol, self.seed = workers, protocol, seed
+        self.num_classes, self.channels, self.workers = num_classes, channels, workers
+        self.crop, self.test_scale, self.protocol, self.seed = crop, test_scale, protocol, seed
         self.tasks = tasks_of(corruptions, severities)
         files = depth_keys(depth, depth_range, channels)
         self.depth_range = files["depth_range"]
