@@ -11,7 +11,7 @@ from tiny_adaptation import adapt_tiny, results_of, start_adapt, write_shapes
 # Steps for every image and for every window, a frozen guide, chunks, the methods without a guide;
 # several rows, so that weights are put back and others are chosen on sharded models too.
 ROWS = {
-    "dusa": "{tta: dusa, model.loss.topk: 2}",
+    "dusa": "{tta: dusa}",
     "continual": "{tta: dusa, tta.continual: true, optimizer.learning_rate: 1e-4}",
     "windows": "{tta: dusa, tta.method.step: window, model.loss.windows_at_once: 1}",
     "frozen": "{tta: dusa, model.update.generative: false, model.loss.classes_threshold: 3}",
@@ -22,7 +22,12 @@ ROWS = {
 }
 METHODS = f"{{{', '.join(f'{name}: {settings}' for name, settings in ROWS.items())}}}"
 # Class counts as they are: unequal from window to window, and odd.
-SETTINGS = {"data__generate": "null", "model__loss__buckets": "[]", "pictures": 0}
+SETTINGS = {
+    "data__generate": "null",
+    "model__loss__buckets": "[]",
+    "model__loss__topk": 2,
+    "pictures": 0,
+}
 
 
 @pytest.fixture(scope="module")
