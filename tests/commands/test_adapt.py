@@ -271,6 +271,16 @@ def test_mixed_is_one_stream_of_all_tasks_and_one_column(tmp_path: Path) -> None
     assert "mixed" in (run / "report.html").read_text()
 
 
+def test_wandb_keeps_a_run_for_every_method_offline(tmp_path: Path) -> None:
+    keys = {"logging": "wandb", "logging__wandb__mode": "offline", "logging__wandb__entity": "me"}
+    run = adapt_tiny(tmp_path, methods="[bn]", limit=1, pictures=0, **keys)
+    for row in ("source", "bn"):
+        (kept,) = (run / row / "wandb").glob("offline-run-*/*.wandb")
+        text = kept.read_bytes()
+        assert b"tta/01_gaussian_noise_5/image" in text
+        assert b"tta/tasks" in text
+
+
 def test_fast_dev_run_takes_one_image_through_every_method_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
