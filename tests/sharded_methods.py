@@ -35,7 +35,8 @@ def results(mesh: Any = None) -> dict[str, dict[str, torch.Tensor]]:
         for kind, network in NETWORKS.items():
             model = tiny_combined(network)
             if mesh is not None:
-                shard(model.discriminative.network, (), mesh, compute_dtype=None)
+                whole_network = model.discriminative.network
+                shard(whole_network, (), mesh, compute_dtype=None, keep_gathered=False)
             method = method_of(name, model, **settings)
             parameters = method.parameters_to_update()
             optimizer = torch.optim.SGD(list(parameters.values()), lr=0.02, momentum=0.9)
