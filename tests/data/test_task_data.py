@@ -193,7 +193,7 @@ def test_an_absent_root_is_said_with_the_folder_and_the_remedy(tmp_path: Path):
     assert f"{root}/ADE20K_val-c/gaussian_noise/5/validation)" in text
     assert "segmill corrupt data=ade20k_c data.data_root=CLEAN out=DIR" in text
     assert "github.com/BIT-DA/DUSA" in text
-    assert "set data.data_root (now" in text
+    assert "Set data.data_root (now" in text
     assert "\n" not in text
 
 

@@ -182,7 +182,9 @@ def _refuse_missing(config: DictConfig, *, guided: bool) -> None:
         raise SegmillError(missing[0])
     if missing:
         lines = "\n".join(f"  {number}. {each}" for number, each in enumerate(missing, start=1))
-        raise SegmillError(f"{len(missing)} things are missing here; nothing was started.\n{lines}")
+        raise SegmillError(
+            f"{len(missing)} things are missing here; nothing was started. What to do:\n{lines}"
+        )
 
 
 def _require_run(path: Path) -> None:

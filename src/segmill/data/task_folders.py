@@ -132,18 +132,18 @@ class TaskFolders:
         else:
             folder, _, file = error.where.rpartition("/")
             found = f"the folder {folder} does not exist or has no {file.replace('{name}', '*')}"
-        return f"data={self.name}, task {task.name}: {found}. {self._remedy(key)}"
+        return f"data={self.name}, task {task.name}: {found}. {self._remedy(key, pattern)}"
 
-    def _remedy(self, key: str) -> str:
+    def _remedy(self, key: str, pattern: str) -> str:
         make = ""
         if key == "corrupted" and self._image is not None:
             make = (
-                f"Make them: segmill corrupt data={self.name} data.data_root=CLEAN out=DIR (CLEAN "
-                "holds the images as they are). "
+                f" To make them of clean images: segmill corrupt data={self.name} "
+                "data.data_root=CLEAN out=DIR."
             )
         return (
-            f"{make}{self.obtain} Then set data.data_root (now {self.data_root}) to the folder "
-            f"that data.{key} starts from."
+            f"Set data.data_root (now {self.data_root}) to the folder where {pattern} "
+            f"(data.{key}) begins. {self.obtain}{make}"
         )
 
 
