@@ -105,7 +105,7 @@ class TaskFolders:
         first = dataset.files.where(dataset.patterns["image"].replace("{name}", absent[0]))
         raise DataError(
             f"data={self.name}: the task {task.name} lacks {len(absent)} of {expected} images, "
-            f"the first one {first}. {self._remedy('corrupted')}"
+            f"the first one {first}. {self.obtain}{self._make('corrupted')}"
         )
 
     def _dataset(
@@ -135,15 +135,17 @@ class TaskFolders:
         return f"data={self.name}, task {task.name}: {found}. {self._remedy(key, pattern)}"
 
     def _remedy(self, key: str, pattern: str) -> str:
-        make = ""
-        if key == "corrupted" and self._image is not None:
-            make = (
-                f" To make them of clean images: segmill corrupt data={self.name} "
-                "data.data_root=CLEAN out=DIR."
-            )
         return (
             f"Set data.data_root (now {self.data_root}) to the folder where {pattern} "
-            f"(data.{key}) begins. {self.obtain}{make}"
+            f"(data.{key}) begins. {self.obtain}{self._make(key)}"
+        )
+
+    def _make(self, key: str) -> str:
+        if key != "corrupted" or self._image is None:
+            return ""
+        return (
+            f" To make them of clean images: segmill corrupt data={self.name} data.data_root=CLEAN "
+            "out=DIR."
         )
 
 
