@@ -164,10 +164,9 @@ def _see_help(verb: str) -> str:
 def _log_to_stdout() -> None:
     """Results go to the terminal; of several processes only the first one speaks."""
     log = logging.getLogger("segmill")
-    if not log.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers = [handler]  # anew: in one process, stdout may be another one than last time
     log.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.ERROR)
 
 

@@ -81,6 +81,14 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 
 def is_running(pid: int) -> bool:
+    """After a moment: a process closes its output before it is gone."""
+    deadline = time.monotonic() + 5
+    while _is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return _is_running(pid)
+
+
+def _is_running(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
