@@ -31,6 +31,11 @@ OPTIONS = [
 ]
 MODELS = sorted(fitting("train", "model"))
 BACKBONES = sorted(options("model/backbone"))
+ADAPTS = [
+    (group, option)
+    for group in ("tta", "model/discriminative", "model/generative")
+    for option in options(group)
+]
 
 
 def composed(group: str, option: str) -> DictConfig:
@@ -75,6 +80,23 @@ def test_every_option_of_a_command_builds_what_the_command_takes(command):
 def test_every_experiment_composes(experiment):
     adapts = options("experiment")[experiment].startswith("adapt/")
     compose("adapt" if adapts else "train", [f"experiment={experiment}"])
+
+
+@pytest.mark.parametrize(("group", "option"), ADAPTS)
+def test_every_option_of_an_adaptation_composes(group, option):
+    config = compose("adapt", ["data=scenes_c", f"{group}={option}"])
+    assert "_target_" in config.tta.method
+    if group == "tta":
+        assert config.method_name == option
+        assert config.optimizer is None or build(config.optimizer).learning_rate > 0
+
+
+def test_an_adaptations_experiment_wins_over_every_group():
+    """Files compose in order; only what is typed comes later."""
+    config = compose("adapt", ["experiment=camvid-c"])
+    assert config.data.name == "camvid_c"
+    assert list(config.methods)[-1] == "dusa_bn"
+    assert compose("adapt", ["experiment=camvid-c", "data=scenes_c"]).data.name == "scenes_c"
 
 
 @pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.config])
