@@ -1,5 +1,5 @@
 # Every target first sets up .venv from requirements.lock (once for each state of the lock), then runs.
-#   make demo    make test    make test-all    make bench    make lint    make format    make lock
+#   make demo    make test    make test-all    make parity    make bench    make lint    make format    make lock
 # Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ STATE := $(shell cat requirements.lock pyproject.toml | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.ready-$(STATE)
 WORKERS ?= 2
 
-.PHONY: setup demo test test-all bench lint format lock
+.PHONY: setup demo test test-all parity bench lint format lock
 
 setup: $(STAMP)
 
@@ -28,10 +28,14 @@ demo: $(STAMP)
 	$(BIN)/segmill demo
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 test-all: lint
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not jittor"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not jittor"
+
+# Every family against the golden values of its original: logits, windows, losses, gradients.
+parity: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "slow or not slow" tests/models/test_parity.py
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

@@ -18,10 +18,9 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segmill.checkpoint.load import load_arrays
+from segmill.checkpoint.load import choose_rules, load_arrays
 from segmill.configuration import build, compose
 from segmill.models.combined import CombinedModel, Update
-from segmill.models.families.segformer import KEYS_FROM_HF
 from segmill.models.generative.model_folder import from_diffusers
 from segmill.models.generative.sd3 import STEPS, SD3Guide
 from segmill.models.joint_loss import JointLoss
@@ -94,7 +93,8 @@ class Setup:
         self.loss = self.model.loss
         self.optimizer: OptimizerSettings = build(config.optimizer)
         arrays = {name: each.numpy() for name, each in self.segformer.model.state_dict().items()}
-        load_arrays(self.model.discriminative.network, arrays, rules=KEYS_FROM_HF)
+        discriminative = self.model.discriminative.network
+        load_arrays(discriminative, arrays, rules=choose_rules(discriminative, arrays)[1])
         assert isinstance(self.model.generative, SD3Guide)
         self.guide: SD3Guide = self.model.generative
         self.guide.fill(device)

@@ -21,8 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import segmill
-from segmill.checkpoint.load import load_arrays
-from segmill.models.families.segformer import KEYS_FROM_HF
+from segmill.checkpoint.load import choose_rules, load_arrays
 from segmill.models.families.segformer_hf import SegFormerHF
 
 DEPTHS = {
@@ -102,7 +101,8 @@ def main() -> None:
     sdpa.load_state_dict(eager.state_dict())
     linear = segmill.load(f"segformer_mit-{size}_linear", num_classes=150).network
     arrays = {name: value.numpy() for name, value in eager.model.state_dict().items()}
-    load_arrays(linear, arrays, rules=KEYS_FROM_HF)
+    rules = choose_rules(linear, arrays)[1]
+    load_arrays(linear, arrays, rules=rules)
     conv = segmill.load(f"segformer_mit-{size}", num_classes=150).network
     image = torch.randn(options.batch, 3, 512, 512, device=device)
     label = torch.randint(0, 150, (options.batch, 512, 512), device=device)

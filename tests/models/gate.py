@@ -40,13 +40,13 @@ def check_number_of_parameters(golden: ModelGolden, network: nn.Module) -> None:
     assert ours == golden.meta["num_params"]
 
 
-def check_eps(network: nn.Module, *, layer_norm: float | None) -> None:
+def check_eps(network: nn.Module, *, layer_norm: frozenset[float]) -> None:
     """A wrong eps hides below the tolerance of the logits, so it is compared by itself."""
     eps = {(type(module), module.eps) for module in network.modules() if hasattr(module, "eps")}
     batch = {value for kind, value in eps if issubclass(kind, nn.BatchNorm2d)}
     layer = {value for kind, value in eps if issubclass(kind, nn.LayerNorm)}
-    assert batch == {1e-5}
-    assert layer == (set() if layer_norm is None else {layer_norm})
+    assert batch <= {1e-5}
+    assert layer == layer_norm
 
 
 @torch.no_grad()
@@ -71,12 +71,15 @@ def check_argmax(golden: ModelGolden, network: nn.Module) -> None:
 def check_sliding_window(golden: ModelGolden, network: nn.Module) -> None:
     """Windows of 64 at steps of 48; logits are averaged at the input's size."""
     image = torch.from_numpy(golden_image(96, 160))
-    logits = slide_logits(network, image, window=(64, 64), stride=(48, 48), batch=2)
+    torch.manual_seed(0)
+    # One at a time, as the original: a family may draw numbers in every forward pass.
+    logits = slide_logits(network, image, window=(64, 64), stride=(48, 48), batch=1)
     assert_same_classes(logits.argmax(1)[0], golden.data["96x160/slide64_48.argmax"])
 
 
 @torch.no_grad()
 def check_losses(golden: ModelGolden, network: Any) -> None:
+    torch.manual_seed(0)
     losses = network.losses(*training_batch(golden))
     assert_same_losses(losses, golden.meta["loss_eval"])
 
@@ -85,6 +88,7 @@ def check_training_step(golden: ModelGolden, network: Any) -> None:
     """Losses, BatchNorm statistics and gradients of one step without dropout."""
     network = copy.deepcopy(network).train()
     without_dropout(network)
+    torch.manual_seed(0)
     losses = network.losses(*training_batch(golden))
     assert_same_losses(losses, golden.meta["loss_train_nodrop"])
     for name, theirs in golden.meta["bn_after_one_step_abs_sum"].items():
@@ -105,7 +109,7 @@ def check_training_step(golden: ModelGolden, network: Any) -> None:
 def without_dropout(network: nn.Module) -> None:
     """Set the rate of every dropout and drop path to 0, as the golden run did."""
     for module in network.modules():
-        for attribute in ("p", "rate", "drop_prob"):
+        for attribute in ("p", "rate", "drop_prob", "dropout"):
             if isinstance(getattr(module, attribute, None), float):
                 setattr(module, attribute, 0.0)
 
@@ -115,6 +119,7 @@ def training_batch(golden: ModelGolden) -> tuple[Tensor, Tensor]:
 
 
 def logits_at_input_size(network: nn.Module, height: int, width: int) -> Tensor:
+    torch.manual_seed(0)
     logits = network(torch.from_numpy(golden_image(height, width)))
     return F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
 

@@ -1,10 +1,8 @@
 import torch
-from torch import nn
 
 from segmill.models.layers import (
     ConvBNAct,
     DropPath,
-    FCNHead,
     PyramidPooling,
     classifier,
     resize,
@@ -21,14 +19,6 @@ def test_the_classifier_starts_with_all_classes_nearly_equal():
     conv = classifier(256, 10)
     assert 0.008 < conv.weight.std() < 0.012
     assert not conv.bias.any()
-
-
-def test_a_head_that_concatenates_sees_its_input_twice():
-    head = FCNHead(
-        in_channels=4, channels=6, num_convs=2, concat_input=True, dropout=0.0, num_classes=3
-    )
-    assert head.conv_cat.conv.in_channels == 10
-    assert head(torch.rand(2, 4, 5, 5)).shape == (2, 3, 5, 5)
 
 
 def test_pyramid_pooling_appends_one_level_for_each_grid():
@@ -58,10 +48,3 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
 def test_drop_path_does_nothing_in_eval_mode():
     branch = torch.rand(3, 2)
     assert DropPath(0.9).eval()(branch) is branch
-
-
-def test_dropout_before_the_classifier_drops_whole_channels():
-    head = FCNHead(
-        in_channels=4, channels=4, num_convs=1, concat_input=False, dropout=0.1, num_classes=3
-    )
-    assert isinstance(head.dropout, nn.Dropout2d)

@@ -9,7 +9,7 @@ from torch import nn
 from segmill.checkpoint.keys import apply_rules
 from segmill.checkpoint.load import choose_rules, load_arrays
 from segmill.checkpoint.read import read_checkpoint
-from segmill.models.families import segformer
+from segmill.models.families.segformer import ConvHead
 
 SMALL = {
     "channels": [8, 16, 24, 32],
@@ -54,7 +54,7 @@ def ours(file) -> nn.Module:
         "model.network.decode_head.channels=20",
         num_classes=7,
     )
-    load_arrays(network, file, rules=segformer.KEYS_FROM_HF)
+    load_arrays(network, file, rules=network.key_rules()["hf"])
     return network.eval()
 
 
@@ -72,7 +72,7 @@ def test_gradients_equal_those_of_transformers(theirs, ours):
         network.losses(image, label)["decode.loss_ce"].backward()
     gradients = {name: p.grad.numpy() for name, p in theirs.model.named_parameters()}
     # The rules that carry weights over carry gradients over too.
-    expected = apply_rules(gradients, segformer.KEYS_FROM_HF)
+    expected = apply_rules(gradients, ours.key_rules()["hf"])
     for name, parameter in ours.named_parameters():
         # Sums of float32 products in another order, relative to the largest entry.
         error = np.abs(parameter.grad.numpy() - expected[name]).max()
@@ -83,7 +83,7 @@ def test_names_in_a_file_and_in_memory_of_transformers_both_load(theirs, ours, f
     in_memory = {name: value.numpy() for name, value in theirs.model.state_dict().items()}
     own = {name for name, _ in ours.named_parameters()}
     for arrays in (file, in_memory):
-        assert own <= set(apply_rules(arrays, segformer.KEYS_FROM_HF))
+        assert own <= set(apply_rules(arrays, ours.key_rules()["hf"]))
 
 
 def test_the_wrapper_loads_the_hubs_files(theirs, file):
@@ -112,7 +112,7 @@ def test_sizes_are_the_published_ones(size):
 
 def test_the_head_equals_upsample_then_concatenate_then_fuse():
     torch.manual_seed(0)
-    head = segformer.ConvHead(in_channels=[3, 5], channels=4, dropout=0.1, num_classes=2).eval()
+    head = ConvHead(in_channels=[3, 5], channels=4, dropout=0.1, num_classes=2).eval()
     features = [torch.randn(2, 3, 8, 6), torch.randn(2, 5, 4, 3)]
     maps = [conv(feature) for conv, feature in zip(head.convs, features, strict=True)]
     maps[1] = nn.functional.interpolate(maps[1], (8, 6), mode="bilinear", align_corners=False)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import gate
 import numpy as np
 import timm
@@ -8,7 +10,8 @@ from segmill.checkpoint import pretrained
 from segmill.checkpoint.keys import apply_rules
 from segmill.checkpoint.load import load_arrays, load_weights
 from segmill.models.backbones.swin import SwinTransformer, join_windows, same_region, split_windows
-from segmill.models.families.upernet import UPerNet
+from segmill.models.encoder_decoder import EncoderDecoder
+from segmill.models.families.upernet import UPerHead
 
 SIZES = {"embed_dim": 24, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8]}
 
@@ -92,16 +95,8 @@ def test_weights_timm_fills_the_backbone_but_for_its_output_norms(monkeypatch):
     peer = timm.create_model("swin_tiny_patch4_window7_224", **SIZES)
     arrays = {key: value.numpy() for key, value in peer.state_dict().items()}
     monkeypatch.setattr(pretrained, "timm_weights", lambda module: arrays)
-    network = UPerNet(
-        backbone=swin(),
-        channels=8,
-        grids=[1],
-        auxiliary_channels=8,
-        auxiliary_weight=0.4,
-        class_weight=None,
-        dropout=0.1,
-        num_classes=3,
-    )
+    head = partial(UPerHead, channels=8, grids=[1], dropout=0.1, num_classes=3)
+    network = EncoderDecoder(backbone=swin(), decode_head=head)
     report = load_weights(network, "timm")
     filled = {key for key, _ in network.backbone.named_parameters(prefix="backbone")}
     assert filled - set(report.loaded) == {

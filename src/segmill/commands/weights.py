@@ -69,8 +69,10 @@ def _variant_files() -> list[Path]:
 
 def _variant(name: str, files: dict[str, Path]) -> Variant:
     raw = _raw(files[name], files)
+    network = raw["network"]
+    head = network.get("decode_head", {}).get("_target_")
     return Variant(
-        name, str(raw["network"].get("_target_", name)), _builder(name, len(raw["mean"]))
+        name, str(head or network.get("_target_", name)), _builder(name, len(raw["mean"]))
     )
 
 
@@ -82,12 +84,12 @@ def _builder(name: str, channels: int) -> Callable[[int], nn.Module]:
     return network
 
 
-def _raw(path: Path, files: dict[str, Path]) -> dict[str, Any]:
+def _raw(path: Path, files: dict[str, Path]) -> Any:
     """The YAML over its parent's, unresolved: cheaper than composing every variant."""
-    content: Any = OmegaConf.to_container(OmegaConf.load(path))
-    raw: dict[str, Any] = {"network": {}, "mean": [None] * 3}
+    content: Any = OmegaConf.load(path)
+    raw: Any = OmegaConf.create({"network": {}, "mean": [None] * 3})
     for parent in content.get("defaults", []):
-        if isinstance(parent, str) and parent.rpartition("/")[2] in files:
-            raw = _raw(files[parent.rpartition("/")[2]], files)
-    network = {**raw["network"], **content.get("network", {})}
-    return {**raw, **content, "network": network}
+        name = parent.partition("@")[0].rpartition("/")[2] if isinstance(parent, str) else ""
+        if name in files:
+            raw = _raw(files[name], files)
+    return OmegaConf.merge(raw, content)

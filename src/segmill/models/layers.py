@@ -1,7 +1,6 @@
 """Blocks that two or more families share; parameter names are MMSegmentation's."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -30,8 +29,31 @@ class Backbone(Protocol):
         ...
 
 
+@runtime_checkable
+class Neck(Protocol):
+    """Feature maps become other feature maps, of `channels`."""
+
+    channels: tuple[int, ...]
+
+    def __call__(
+        self, features: Sequence[Float[Tensor, "B _D _h _w"]], /
+    ) -> Sequence[Float[Tensor, "B _D _h _w"]]: ...
+
+
+@runtime_checkable
+class HasLosses(Protocol):
+    """A head with a loss of its own; the others have the cross-entropy of their logits."""
+
+    def losses(
+        self, features: Sequence[Float[Tensor, "B _D _h _w"]], label: Integer[Tensor, "B H W"]
+    ) -> dict[str, Float[Tensor, ""]]: ...
+
+
 class ConvBNAct(nn.Sequential):
-    """Convolution without bias, BatchNorm, ReLU; `conv` and `bn` are the names of their weights."""
+    """Convolution without bias, BatchNorm, activation (`activate`; None: none).
+
+    `conv` and `bn` are the names of their weights. At stride 1 odd kernels keep the size.
+    """
 
     def __init__(
         self,
@@ -39,55 +61,26 @@ class ConvBNAct(nn.Sequential):
         out_channels: int,
         *,
         kernel: int,
+        stride: int = 1,
         dilation: int = 1,
         groups: int = 1,
+        activation: type[nn.Module] | None = nn.ReLU,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(
             in_channels,
             out_channels,
             kernel,
-            # Keeps the size, for the odd kernels that heads have.
+            stride=stride,
             padding=dilation * (kernel // 2),
             dilation=dilation,
             groups=groups,
             bias=False,
         )
         self.bn = nn.BatchNorm2d(out_channels)
-        self.activate = nn.ReLU(inplace=True)
+        if activation is not None:
+            self.activate = activation()
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-
-
-class FCNHead(nn.Module):
-    """A chain of convolutions, then a classifier: FCN's own head and the auxiliary one of others.
-
-    With `concat_input`, one more convolution sees the chain's input beside its output.
-    """
-
-    def __init__(
-        self,
-        *,
-        in_channels: int,
-        channels: int,
-        num_convs: int,
-        concat_input: bool,
-        dropout: float,
-        num_classes: int,
-    ) -> None:
-        super().__init__()
-        sizes = [in_channels] + [channels] * num_convs
-        self.convs = nn.Sequential(*(ConvBNAct(a, b, kernel=3) for a, b in pairwise(sizes)))
-        self.conv_cat = (
-            ConvBNAct(in_channels + channels, channels, kernel=3) if concat_input else None
-        )
-        self.dropout = nn.Dropout2d(dropout)
-        self.conv_seg = classifier(channels, num_classes)
-
-    def forward(self, feature: Float[Tensor, "B D h w"]) -> Float[Tensor, "B K h w"]:
-        hidden = self.convs(feature)
-        if self.conv_cat is not None:
-            hidden = self.conv_cat(torch.cat([feature, hidden], dim=1))
-        return self.conv_seg(self.dropout(hidden))
 
 
 class PyramidPooling(nn.ModuleList):
@@ -127,25 +120,38 @@ def classifier(channels: int, num_classes: int) -> nn.Conv2d:
     return conv
 
 
+def selected(
+    features: Sequence[Float[Tensor, "B _D _h _w"]], in_index: int | Sequence[int]
+) -> Float[Tensor, "B _E h w"]:
+    """One feature map; or several, brought to the size of the first of them, side by side."""
+    if isinstance(in_index, int):
+        return features[in_index]
+    first, *others = (features[index] for index in in_index)
+    return torch.cat([first, *(resize(other, first.shape[-2:]) for other in others)], dim=1)
+
+
+def selected_channels(in_channels: Sequence[int], in_index: int | Sequence[int]) -> int:
+    """The channels of what `selected` returns."""
+    if isinstance(in_index, int):
+        return in_channels[in_index]
+    return sum(in_channels[index] for index in in_index)
+
+
 def resize(feature: Float[Tensor, "B D h w"], size: Sequence[int]) -> Float[Tensor, "B D H W"]:
     """Bilinear with align_corners=False, the convention of every family that calls this."""
     return F.interpolate(feature, tuple(size), mode="bilinear", align_corners=False)
 
 
-def decode_and_auxiliary_losses(
-    logits: Float[Tensor, "B K h w"],
-    auxiliary_logits: Float[Tensor, "B K _h _w"],
+def head_losses(
+    head: nn.Module,
+    features: Sequence[Float[Tensor, "B _D _h _w"]],
     label: Integer[Tensor, "B H W"],
-    *,
-    auxiliary_weight: float,
     class_weight: Sequence[float] | None,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Cross-entropy of both heads at the label's size; the second one weighted."""
-    auxiliary = cross_entropy(auxiliary_logits, label, class_weight)
-    return {
-        "decode.loss_ce": cross_entropy(logits, label, class_weight),
-        "aux.loss_ce": auxiliary_weight * auxiliary,
-    }
+    """The head's own losses if it has some, else the cross-entropy of its logits."""
+    if isinstance(head, HasLosses):
+        return head.losses(features, label)
+    return {"loss_ce": cross_entropy(head(features), label, class_weight)}
 
 
 def cross_entropy(
@@ -163,17 +169,3 @@ def cross_entropy(
         )
     weight = logits.new_tensor(class_weight, dtype=torch.float32)
     return upsample_cross_entropy(logits, label, class_weight=weight)
-
-
-def auxiliary_head(
-    backbone: Backbone, *, channels: int, dropout: float, num_classes: int
-) -> FCNHead:
-    """One convolution and a classifier on the last but one map; it helps training only."""
-    return FCNHead(
-        in_channels=backbone.channels[-2],
-        channels=channels,
-        num_convs=1,
-        concat_input=False,
-        dropout=dropout,
-        num_classes=num_classes,
-    )

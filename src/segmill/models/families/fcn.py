@@ -1,72 +1,61 @@
-"""FCN: two convolutions on the last feature map, its input concatenated, then a classifier.
+"""FCN: convolutions on a feature map, perhaps its input concatenated, then a classifier.
 
 Paper:   Long et al., "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015,
          https://arxiv.org/abs/1411.4038
-Follows: MMSegmentation 1.2.2 `FCNHead` twice (decode and auxiliary), align_corners=False.
+Follows: MMSegmentation 1.2.2 `FCNHead`, align_corners=False. Also the auxiliary head of others.
 Weights: MMSegmentation's fcn_* files load through the backbone's key rules.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
-from jaxtyping import Float, Integer
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from segmill.checkpoint.keys import Rule
-from segmill.models.layers import (
-    Backbone,
-    FCNHead,
-    auxiliary_head,
-    decode_and_auxiliary_losses,
-)
+from segmill.models.layers import ConvBNAct, classifier, selected, selected_channels
 
 
-class FCN(nn.Module):
-    """Backbone, FCN head on its last map, auxiliary head on the one before."""
+class FCNHead(nn.Module):
+    """A chain of convolutions on one map (or on several, resized to the first), a classifier.
+
+    With `concat_input`, one more convolution sees the chain's input beside its output.
+    """
 
     def __init__(
         self,
         *,
-        backbone: Backbone,
+        in_channels: Sequence[int],
+        in_index: int | Sequence[int],
         channels: int,
         num_convs: int,
-        auxiliary_channels: int,
-        auxiliary_weight: float,
-        class_weight: Sequence[float] | None,
+        kernel: int,
+        concat_input: bool,
         dropout: float,
         num_classes: int,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.auxiliary_weight = auxiliary_weight
-        self.class_weight = class_weight
-        self.decode_head = FCNHead(
-            in_channels=backbone.channels[-1],
-            channels=channels,
-            num_convs=num_convs,
-            concat_input=True,
-            dropout=dropout,
-            num_classes=num_classes,
+        self.in_index = in_index
+        width = selected_channels(in_channels, in_index)
+        sizes = [width] + [channels] * num_convs
+        self.convs = nn.Sequential(*(ConvBNAct(a, b, kernel=kernel) for a, b in pairwise(sizes)))
+        self.conv_cat = (
+            ConvBNAct(width + channels, channels, kernel=kernel) if concat_input else None
         )
-        self.auxiliary_head = auxiliary_head(
-            backbone, channels=auxiliary_channels, dropout=dropout, num_classes=num_classes
-        )
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = classifier(sizes[-1], num_classes)
 
-    def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K h w"]:
-        return self.decode_head(self.backbone(image)[-1])
+    def hidden(
+        self, features: Sequence[Float[Tensor, "B _D _h _w"]]
+    ) -> Float[Tensor, "B _E _k _l"]:
+        """What is classified."""
+        feature = selected(features, self.in_index)
+        hidden = self.convs(feature)
+        if self.conv_cat is not None:
+            hidden = self.conv_cat(torch.cat([feature, hidden], dim=1))
+        return hidden
 
-    def losses(
-        self, image: Float[Tensor, "B C H W"], label: Integer[Tensor, "B H W"]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Cross-entropy of both heads."""
-        features = self.backbone(image)
-        return decode_and_auxiliary_losses(
-            self.decode_head(features[-1]),
-            self.auxiliary_head(features[-2]),
-            label,
-            auxiliary_weight=self.auxiliary_weight,
-            class_weight=self.class_weight,
-        )
-
-    def key_rules(self) -> dict[str, tuple[Rule, ...]]:
-        """The backbone's: the heads are named as in MMSegmentation."""
-        return self.backbone.key_rules()
+    def forward(
+        self, features: Sequence[Float[Tensor, "B _D _h _w"]]
+    ) -> Float[Tensor, "B K _k _l"]:
+        return self.conv_seg(self.dropout(self.hidden(features)))

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch.nn.functional as F
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from segmill.checkpoint.keys import Drop, Rename, Rule
 from segmill.models.backbones import mit
-from segmill.models.layers import Backbone, ConvBNAct, classifier, cross_entropy, resize
+from segmill.models.layers import ConvBNAct, classifier, resize
 
 
 def _finest_first(array: np.ndarray) -> np.ndarray:
@@ -37,7 +37,6 @@ KEYS_FROM_HF: tuple[Rule, ...] = (
     ),
     Rename(r"decode_head\.batch_norm\.(.+)", r"decode_head.fusion_conv.bn.\1"),
     Rename(r"decode_head\.classifier\.(.+)", r"decode_head.conv_seg.\1"),
-    *mit.KEYS_FROM_HF,
 )
 KEYS_FROM_NVIDIA: tuple[Rule, ...] = (
     Drop(r"decode_head\.conv_seg\..+"),  # inherited there, but `linear_pred` is what classifies
@@ -56,37 +55,7 @@ KEYS_FROM_NVIDIA: tuple[Rule, ...] = (
     ),
     Rename(r"decode_head\.linear_fuse\.bn\.(.+)", r"decode_head.fusion_conv.bn.\1"),
     Rename(r"decode_head\.linear_pred\.(.+)", r"decode_head.conv_seg.\1"),
-    *mit.KEYS_FROM_NVIDIA,
 )
-
-
-class SegFormer(nn.Module):
-    """Backbone and one of the two heads below; logits at stride 4."""
-
-    def __init__(
-        self,
-        *,
-        backbone: Backbone,
-        decode_head: nn.Module,
-        class_weight: Sequence[float] | None,
-    ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.decode_head = decode_head
-        self.class_weight = class_weight
-
-    def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K h w"]:
-        return self.decode_head(self.backbone(image))
-
-    def losses(
-        self, image: Float[Tensor, "B C H W"], label: Integer[Tensor, "B H W"]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Cross-entropy at the label's size."""
-        return {"decode.loss_ce": cross_entropy(self(image), label, self.class_weight)}
-
-    def key_rules(self) -> dict[str, tuple[Rule, ...]]:
-        """The backbone's, and for transformers' and the authors' files the head's too."""
-        return {**self.backbone.key_rules(), "hf": KEYS_FROM_HF, "nvidia": KEYS_FROM_NVIDIA}
 
 
 class ConvHead(nn.Module):
@@ -135,6 +104,10 @@ class LinearHead(nn.Module):
         fused = _sum_at_finest([_folded(x, conv, weight) for x, conv, weight in stages])
         hidden = self.fusion_conv.activate(self.fusion_conv.bn(fused))
         return self.conv_seg(self.dropout(hidden))
+
+    def key_rules(self) -> dict[str, tuple[Rule, ...]]:
+        """Rules to `decode_head.*` from transformers' files and the authors' own."""
+        return {"hf": KEYS_FROM_HF, "nvidia": KEYS_FROM_NVIDIA}
 
 
 def _folded(

@@ -2,77 +2,17 @@
 
 Paper:   Xiao et al., "Unified Perceptual Parsing for Scene Understanding", ECCV 2018,
          https://arxiv.org/abs/1807.10221
-Follows: MMSegmentation 1.2.2 `UPerHead` and auxiliary `FCNHead`, align_corners=False.
+Follows: MMSegmentation 1.2.2 `UPerHead`, align_corners=False.
 Weights: MMSegmentation's upernet_* and swin-*_upernet files load through the backbone's key rules.
 """
 
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from segmill.checkpoint.keys import Rule
-from segmill.models.layers import (
-    Backbone,
-    ConvBNAct,
-    PyramidPooling,
-    auxiliary_head,
-    classifier,
-    decode_and_auxiliary_losses,
-    resize,
-)
-
-
-class UPerNet(nn.Module):
-    """Backbone, UPerNet's head on all its maps, auxiliary head on the last but one."""
-
-    def __init__(
-        self,
-        *,
-        backbone: Backbone,
-        channels: int,
-        grids: Sequence[int],
-        auxiliary_channels: int,
-        auxiliary_weight: float,
-        class_weight: Sequence[float] | None,
-        dropout: float,
-        num_classes: int,
-    ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.auxiliary_weight = auxiliary_weight
-        self.class_weight = class_weight
-        self.decode_head = UPerHead(
-            in_channels=backbone.channels,
-            channels=channels,
-            grids=grids,
-            dropout=dropout,
-            num_classes=num_classes,
-        )
-        self.auxiliary_head = auxiliary_head(
-            backbone, channels=auxiliary_channels, dropout=dropout, num_classes=num_classes
-        )
-
-    def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K h w"]:
-        return self.decode_head(self.backbone(image))
-
-    def losses(
-        self, image: Float[Tensor, "B C H W"], label: Integer[Tensor, "B H W"]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Cross-entropy of both heads."""
-        features = self.backbone(image)
-        return decode_and_auxiliary_losses(
-            self.decode_head(features),
-            self.auxiliary_head(features[-2]),
-            label,
-            auxiliary_weight=self.auxiliary_weight,
-            class_weight=self.class_weight,
-        )
-
-    def key_rules(self) -> dict[str, tuple[Rule, ...]]:
-        """The backbone's: the heads are named as in MMSegmentation."""
-        return self.backbone.key_rules()
+from segmill.models.layers import ConvBNAct, PyramidPooling, classifier, resize
 
 
 class UPerHead(nn.Module):
@@ -97,7 +37,8 @@ class UPerHead(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = classifier(channels, num_classes)
 
-    def forward(self, features: Sequence[Float[Tensor, "B _D _h _w"]]) -> Float[Tensor, "B K h w"]:
+    def hidden(self, features: Sequence[Float[Tensor, "B _D _h _w"]]) -> Float[Tensor, "B D h w"]:
+        """What is classified."""
         *finer, last = features
         coarser = self.bottleneck(self.psp_modules(last))
         levels = [coarser]
@@ -108,4 +49,7 @@ class UPerHead(nn.Module):
             levels.insert(0, smooth(coarser))
         size = levels[0].shape[-2:]
         merged = torch.cat([levels[0], *(resize(level, size) for level in levels[1:])], dim=1)
-        return self.conv_seg(self.dropout(self.fpn_bottleneck(merged)))
+        return self.fpn_bottleneck(merged)
+
+    def forward(self, features: Sequence[Float[Tensor, "B _D _h _w"]]) -> Float[Tensor, "B K h w"]:
+        return self.conv_seg(self.dropout(self.hidden(features)))
