@@ -7,7 +7,6 @@ and necks arrive as `_partial_`, because the sizes of their input follow from wh
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
@@ -51,7 +50,7 @@ class EncoderDecoder(nn.Module):
             self.auxiliary_head = nn.ModuleList(heads)
         elif auxiliary_head is not None:
             self.auxiliary_head = auxiliary_head(in_channels=channels)
-        self.auxiliary_weight = auxiliary_weight
+        self.auxiliary_weight = 0.0 if auxiliary_weight is None else auxiliary_weight
         self.class_weight = class_weight
         if class_weight is not None and isinstance(self.decode_head, HasLosses):
             raise SegmillError(
@@ -77,7 +76,7 @@ class EncoderDecoder(nn.Module):
         )
         for name, head in self._auxiliary_heads():
             own = head_losses(head, features, label, self.class_weight)
-            weighted = {key: torch.mul(term, self.auxiliary_weight) for key, term in own.items()}
+            weighted = {key: self.auxiliary_weight * term for key, term in own.items()}
             terms |= _prefixed(name, weighted)
         return terms
 
