@@ -52,5 +52,5 @@ format: $(STAMP)
 # Keeps the pins that still fit; `uv` from the path. Remove a line from the lock to renew it.
 lock:
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	  --no-annotate --no-header --quiet --extra torch --extra tta --extra dev \
+	  --no-annotate --no-header --quiet --extra torch --extra tta --extra export --extra dev \
 	  --output-file requirements.lock pyproject.toml

@@ -116,6 +116,40 @@ VERBS: dict[str, Verb] = {
             "segmill predict run=runs/my_run drive.mp4 output_dir=out",
         ),
     ),
+    "bench": Verb(
+        module="segmill.commands.bench",
+        config="bench",
+        summary="measure a model on this machine: latency, images a second, memory",
+        usage="segmill bench model=NAME [key=value ...]",
+        keys=(
+            ("model=NAME", "the variant; model=A,B measures one after the other"),
+            ("size=[H,W]", "of the images; batch=N of them at once"),
+            ("precision=KIND", "32-true or bf16-mixed; default: what the device is good at"),
+            ("compile=true", "torch.compile of the network"),
+            ("train=false", "inference only"),
+        ),
+        examples=(
+            "segmill bench model=segformer_mit-b0",
+            "segmill bench model=upernet_r50 batch=16 compile=true channels_last=true",
+        ),
+    ),
+    "export": Verb(
+        module="segmill.commands.export",
+        config="export",
+        summary="write a model as ONNX or torch.export file, run the file and compare",
+        usage="segmill export run=RUN [format=onnx|torch] [output=logits|label]",
+        keys=(
+            ("run=RUN", "a run folder, its model.safetensors, or a variant with weights=FILE"),
+            ("format=torch", "a torch.export program (.pt2); default ONNX"),
+            ("output=label", "the class of every pixel; default: logits at the network's stride"),
+            ("size=[H,W]", "of the images that the file takes; batch=N of them"),
+        ),
+        examples=(
+            "segmill export run=runs/my_run",
+            "segmill export run=segformer_mit-b0 num_classes=19 size=[512,1024] output=label",
+            "segmill export run=runs/my_run format=torch path=model.pt2",
+        ),
+    ),
     "demo": Verb(
         module="segmill.commands.demo",
         config="demo",

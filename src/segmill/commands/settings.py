@@ -123,6 +123,39 @@ class PredictKeys:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchKeys:
+    """Root of configs/bench.yaml."""
+
+    data: Any
+    model: Any
+    model_name: str | None
+    size: tuple[int, int]
+    batch: int
+    precision: Literal["auto", "32-true", "bf16-mixed"]
+    accelerator: Literal["auto", "cpu", "gpu"]
+    train: bool
+    compile: bool
+    channels_last: bool
+    repeats: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportKeys:
+    """Root of configs/export.yaml."""
+
+    run: str
+    weights: str | None
+    num_classes: int | None
+    format: Literal["onnx", "torch"]
+    output: Literal["logits", "label"]
+    size: tuple[int, int]
+    batch: int
+    path: str | None
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataCheckKeys:
     """Root of configs/data_check.yaml."""
 
@@ -158,6 +191,8 @@ KEYS: dict[str, type] = {
     "eval": EvalKeys,
     "adapt": AdaptKeys,
     "predict": PredictKeys,
+    "bench": BenchKeys,
+    "export": ExportKeys,
     "data_check": DataCheckKeys,
     "corrupt": CorruptKeys,
     "demo": DemoKeys,
@@ -178,6 +213,7 @@ _ADAPTATION = {
 BUILDS: dict[str, dict[str, str]] = {
     "train": {**_TRAINING, **_MODEL},
     "eval": {**_TRAINING, **_MODEL},
+    "bench": _MODEL,
     "data_check": {"data": _TRAINING["data"]},
     "adapt": _ADAPTATION,
     "corrupt": {"data": _ADAPTATION["data"]},
