@@ -1,6 +1,6 @@
 """Blocks that two or more families share; parameter names are MMSegmentation's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -83,6 +83,32 @@ class ConvBNAct(nn.Sequential):
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
 
+class SeparableConv(nn.Sequential):
+    """A 3 x 3 convolution per channel, then a 1 x 1 across channels; both with norm.
+
+    A ReLU ends it; `depthwise_activation` stands between the two (None: none).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        dilation: int,
+        depthwise_activation: type[nn.Module] | None,
+    ) -> None:
+        super().__init__()
+        self.depthwise_conv = ConvBNAct(
+            in_channels,
+            in_channels,
+            kernel=3,
+            dilation=dilation,
+            groups=in_channels,
+            activation=depthwise_activation,
+        )
+        self.pointwise_conv = ConvBNAct(in_channels, out_channels, kernel=1)
+
+
 class PyramidPooling(nn.ModuleList):
     """A feature map beside its averages over several grids, each reduced to `channels`."""
 
@@ -95,6 +121,19 @@ class PyramidPooling(nn.ModuleList):
     def forward(self, feature: Float[Tensor, "B D h w"]) -> Float[Tensor, "B _D h w"]:
         size = feature.shape[-2:]
         return torch.cat([feature, *(resize(branch(feature), size) for branch in self)], dim=1)
+
+
+def image_pool(in_channels: int, channels: int) -> nn.Sequential:
+    """The average over the whole map, reduced to `channels`: the first branch of an ASPP."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), ConvBNAct(in_channels, channels, kernel=1))
+
+
+def pooled_and_branches(
+    feature: Float[Tensor, "B D h w"], pool: nn.Module, branches: Iterable[nn.Module]
+) -> Float[Tensor, "B _E h w"]:
+    """An ASPP's branches side by side: `image_pool`'s value everywhere, then the others."""
+    pooled = resize(pool(feature), feature.shape[-2:])
+    return torch.cat([pooled, *(branch(feature) for branch in branches)], dim=1)
 
 
 class DropPath(nn.Module):
@@ -118,6 +157,20 @@ def classifier(channels: int, num_classes: int) -> nn.Conv2d:
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # a Conv2d has a bias unless told otherwise
     return conv
+
+
+def initialise_trunk(module: nn.Module) -> None:
+    """How MiT, Twins and MSCAN start, for `apply`: what is no weight of these two kinds stays."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        rows, columns = module.kernel_size
+        fan_out = rows * columns * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def selected(

@@ -7,12 +7,22 @@ Weights: MMSegmentation's deeplabv3plus_* files load through the backbone's key 
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segmill.models.layers import ConvBNAct, classifier, resize
+from segmill.models.layers import (
+    ConvBNAct,
+    SeparableConv,
+    classifier,
+    image_pool,
+    pooled_and_branches,
+    resize,
+)
+
+Separable = partial(SeparableConv, depthwise_activation=nn.ReLU)
 
 
 class SeparableASPPHead(nn.Module):
@@ -32,40 +42,25 @@ class SeparableASPPHead(nn.Module):
         super().__init__()
         self.in_index = in_index
         width = in_channels[in_index]
-        self.image_pool = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), ConvBNAct(width, channels, kernel=1)
-        )
+        self.image_pool = image_pool(width, channels)
         self.aspp_modules = nn.ModuleList(
             ConvBNAct(width, channels, kernel=1)
             if dilation == 1
-            else SeparableConv(width, channels, dilation=dilation)
+            else Separable(width, channels, dilation=dilation)
             for dilation in dilations
         )
         self.bottleneck = ConvBNAct((len(dilations) + 1) * channels, channels, kernel=3)
         self.c1_bottleneck = ConvBNAct(in_channels[0], low_level_channels, kernel=1)
         self.sep_bottleneck = nn.Sequential(
-            SeparableConv(channels + low_level_channels, channels, dilation=1),
-            SeparableConv(channels, channels, dilation=1),
+            Separable(channels + low_level_channels, channels, dilation=1),
+            Separable(channels, channels, dilation=1),
         )
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = classifier(channels, num_classes)
 
     def forward(self, features: Sequence[Float[Tensor, "B _D _h _w"]]) -> Float[Tensor, "B K h w"]:
         feature = features[self.in_index]
-        pooled = resize(self.image_pool(feature), feature.shape[-2:])
-        branches = [pooled, *(branch(feature) for branch in self.aspp_modules)]
-        context = self.bottleneck(torch.cat(branches, dim=1))
+        context = self.bottleneck(pooled_and_branches(feature, self.image_pool, self.aspp_modules))
         detail = self.c1_bottleneck(features[0])
         merged = torch.cat([resize(context, detail.shape[-2:]), detail], dim=1)
         return self.conv_seg(self.dropout(self.sep_bottleneck(merged)))
-
-
-class SeparableConv(nn.Sequential):
-    """A 3 x 3 convolution per channel, then a 1 x 1 across channels; both with norm and ReLU."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, dilation: int) -> None:
-        super().__init__()
-        self.depthwise_conv = ConvBNAct(
-            in_channels, in_channels, kernel=3, dilation=dilation, groups=in_channels
-        )
-        self.pointwise_conv = ConvBNAct(in_channels, out_channels, kernel=1)
