@@ -1,7 +1,8 @@
 """Blocks that two or more families share; parameter names are MMSegmentation's."""
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from segmill.checkpoint.keys import Rule
 from segmill.errors import SegmillError
 from segmill.ops.upsample_cross_entropy import upsample_cross_entropy
+
+
+Part = Callable[..., Any]  # of a network: called with in_channels, the channels of all feature maps
 
 
 @runtime_checkable
@@ -222,3 +226,12 @@ def cross_entropy(
         )
     weight = logits.new_tensor(class_weight, dtype=torch.float32)
     return upsample_cross_entropy(logits, label, class_weight=weight)
+
+
+def move_statistics_twice(head: nn.Module) -> nn.Module:
+    """As if each training step ran the head twice, which the original does in a cascade."""
+    for module in head.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.momentum is not None
+            module.momentum = 1 - (1 - module.momentum) ** 2
+    return head
