@@ -4,8 +4,7 @@ Most families are one head, and every head goes with every backbone: the YAML co
 and necks arrive as `_partial_`, because the sizes of their input follow from what comes before.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
@@ -13,9 +12,7 @@ from torch import Tensor, nn
 from segmill.checkpoint.keys import Rule
 from segmill.checkpoint.load import HasKeyRules
 from segmill.errors import SegmillError
-from segmill.models.layers import Backbone, HasLosses, Neck, head_losses
-
-Part = Callable[..., Any]  # called with in_channels, the channels of all feature maps
+from segmill.models.layers import Backbone, HasLosses, Neck, Part, head_losses
 
 
 class EncoderDecoder(nn.Module):

@@ -13,7 +13,6 @@ from segmill.checkpoint.keys import Rule
 from segmill.errors import SegmillError
 from segmill.ops.upsample_cross_entropy import upsample_cross_entropy
 
-
 Part = Callable[..., Any]  # of a network: called with in_channels, the channels of all feature maps
 
 
