@@ -23,8 +23,8 @@ Array = Shaped[np.ndarray, "..."]
 OWN = "segmill"
 RUN_WEIGHTS = "model.safetensors"
 PREFIX_DEPTH = 3
-# Heads, and the norms that dense prediction puts on each output of a Swin Transformer.
-NOT_IN_TIMM = (r"(?!backbone\.).*", r"backbone\.norm\d\..*")
+# Heads, and the norms that dense prediction puts on each output of a Swin Transformer or a Twins.
+NOT_IN_TIMM = (r"(?!backbone\.).*", r"backbone\.norm(\d|_list\.\d)\..*")
 
 
 @runtime_checkable

@@ -9,7 +9,6 @@ Weights: MMSegmentation's load by name (mit_b*.pth, which lack the prefix, by KE
          KEYS_FROM_NVIDIA.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from segmill.checkpoint.keys import Concat, Drop, Rename, Rule
-from segmill.models.layers import DropPath
+from segmill.models.layers import DropPath, initialise_trunk
 
 KEYS_FROM_MMSEG: tuple[Rule, ...] = (Rename(r"(layers\.\d\..+)", r"backbone.\1"),)
 
@@ -131,7 +130,7 @@ class MixVisionTransformer(nn.Module):
             # A list of (patches, blocks, norm), as MMSegmentation numbers them.
             norm = nn.LayerNorm(width, eps=norm_eps)
             self.layers.append(nn.ModuleList([embed, nn.ModuleList(blocks), norm]))
-        self.apply(_initialise)
+        self.apply(initialise_trunk)
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B _D _h _w"]]:
         features, feature = [], image
@@ -267,15 +266,3 @@ def to_tokens(feature: Float[Tensor, "B D h w"]) -> Tokens:
 def _linear(conv: nn.Module, tokens: Tokens) -> Float[Tensor, "B N _E"]:
     assert isinstance(conv, nn.Conv2d)
     return F.linear(tokens, conv.weight.flatten(1), conv.bias)
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        rows, columns = module.kernel_size
-        fan_out = rows * columns * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

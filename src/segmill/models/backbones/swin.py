@@ -72,7 +72,7 @@ class SwinTransformer(nn.Module):
         self.name, self.in_channels = name, in_channels
         self.channels = tuple(embed_dim * 2**level for level in range(len(depths)))
         self.strides = tuple(4 * 2**level for level in range(len(depths)))
-        self.patch_embed = PatchEmbed(in_channels, embed_dim)
+        self.patch_embed = PatchEmbed(in_channels, embed_dim, patch=4)
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.stages = nn.ModuleList(
             Stage(
@@ -103,16 +103,17 @@ class SwinTransformer(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """4 x 4 pixels become one token; the image is zero padded on the right and at the bottom."""
+    """A square of pixels becomes one token; zeros on the right and at the bottom make it whole."""
 
-    def __init__(self, in_channels: int, width: int) -> None:
+    def __init__(self, in_channels: int, width: int, *, patch: int) -> None:
         super().__init__()
-        self.projection = nn.Conv2d(in_channels, width, 4, stride=4)
+        self.patch = patch
+        self.projection = nn.Conv2d(in_channels, width, patch, stride=patch)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
         height, width = image.shape[-2:]
-        padded = F.pad(image, (0, -width % 4, 0, -height % 4))
+        padded = F.pad(image, (0, -width % self.patch, 0, -height % self.patch))
         return self.norm(self.projection(padded).permute(0, 2, 3, 1))
 
 
@@ -181,7 +182,7 @@ class FeedForward(nn.Module):
         first = nn.Sequential(nn.Linear(width, hidden), nn.GELU())
         self.layers = nn.Sequential(first, nn.Linear(hidden, width))
 
-    def forward(self, tokens: Float[Tensor, "B h w D"]) -> Float[Tensor, "B h w D"]:
+    def forward(self, tokens: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         return self.layers(tokens)
 
 

@@ -30,7 +30,8 @@ class TimmBackbone(nn.Module):
     """A timm model that returns feature maps (B, D, h, w), the finest first.
 
     `out_indices` counts timm's levels (a ResNet's level 0 is its stem). `options` go to the model's
-    constructor. Weights are never downloaded here.
+    constructor. Weights are never downloaded here. Parameters whose whole name matches a pattern of
+    `frozen` are not trained. With `norm_eval` BatchNorms keep their statistics while training.
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class TimmBackbone(nn.Module):
         out_indices: Sequence[int],
         output_stride: int,
         options: Mapping[str, Any],
+        frozen: Sequence[str] = (),
+        norm_eval: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.in_channels = name, in_channels
@@ -62,6 +65,8 @@ class TimmBackbone(nn.Module):
             **options,
         )
         self.trunk = trunk
+        self.norm_eval = norm_eval
+        freeze(trunk, frozen)
         self.channels: tuple[int, ...] = tuple(trunk.feature_info.channels())
         self.strides: tuple[int, ...] = tuple(trunk.feature_info.reduction())
         # timm's own wrapper of EfficientNets has no `output_fmt`: it is always channels first.
@@ -72,6 +77,14 @@ class TimmBackbone(nn.Module):
         if self.channels_last:
             return [feature.permute(0, 3, 1, 2).contiguous() for feature in features]
         return list(features)
+
+    def train(self, mode: bool = True) -> "TimmBackbone":
+        """As every module's; with `norm_eval` BatchNorms stay in evaluation mode."""
+        super().train(mode)
+        for module in self.trunk.modules():
+            if self.norm_eval and isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
 
     def key_rules(self) -> dict[str, tuple[Rule, ...]]:
         """Rules to `backbone.*` from MMSegmentation's files and from timm's own."""
@@ -95,3 +108,17 @@ class TimmBackbone(nn.Module):
             ),
             Rename(rf"((?:{'|'.join(sorted(first))})(?:\..+)?)", rf"backbone.trunk.{inside}\1"),
         )
+
+
+def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
+    """Take the gradient from every parameter whose whole name matches one of the patterns."""
+    for pattern in patterns:
+        matching = [p for name, p in network.named_parameters() if re.fullmatch(pattern, name)]
+        if not matching:
+            examples = ", ".join([name for name, _ in network.named_parameters()][:3])
+            raise SegmillError(
+                f"The pattern {pattern!r} of backbone.frozen matches no parameter's whole name. "
+                f"Names are such as {examples}."
+            )
+        for parameter in matching:
+            parameter.requires_grad_(False)
