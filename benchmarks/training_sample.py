@@ -52,7 +52,13 @@ def ours(jpeg: bytes, png: bytes) -> Make:
     """What a worker of segmill does."""
     to_class = LabelMap({0: "ignore", "1-150": "0-149"}, num_classes=150)
     transform = transforms.TrainTransform(
-        scale=(2048, 512), ratio=RATIO, crop=CROP, cat_max_ratio=0.75, flip=0.5, photometric=True
+        scale=(2048, 512),
+        ratio=RATIO,
+        short_edges=None,
+        crop=CROP,
+        cat_max_ratio=0.75,
+        flip=0.5,
+        photometric=True,
     )
     rng = np.random.RandomState()
 

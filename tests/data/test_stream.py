@@ -57,6 +57,7 @@ def transform() -> TrainTransform:
     return TrainTransform(
         scale=(32, 24),
         ratio=(0.5, 2.0),
+        short_edges=None,
         crop=(16, 16),
         cat_max_ratio=0.9,
         flip=0.5,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import golden
 from segmill.data import transforms as T
+from segmill.data.files import DataError
 from segmill.data.sample import Sample
 
 CASES = golden.component("transforms")
@@ -85,7 +86,13 @@ def smooth_sample(height: int, width: int, channels: int = 3, seed: int = 0) -> 
 def reference_chain(sample: Sample, transform: T.TrainTransform, seed: int) -> Pair:
     rng = np.random.RandomState(seed)
     assert sample.label is not None
-    pair = T.random_resize(sample.image, sample.label, transform.scale, transform.ratio, rng)
+    if transform.short_edges is None:
+        assert transform.ratio is not None
+        pair = T.random_resize(sample.image, sample.label, transform.scale, transform.ratio, rng)
+    else:
+        edge = T.random_short_edge(transform.short_edges, rng)
+        arrays, limit = (sample.image, sample.label), max(transform.scale)
+        pair = tuple(T.resize_shortest_edge(each, edge, limit) for each in arrays)
     pair = T.random_crop(*pair, transform.crop, transform.cat_max_ratio, rng)
     image, label = T.random_flip(*pair, transform.flip, rng)
     return T.pad(image, transform.crop), T.pad(label, transform.crop)
@@ -116,7 +123,32 @@ def test_crop_first_equals_resize_then_crop(size, crop, ratio, channels, seed):
 
 def make_transform(**changes) -> T.TrainTransform:
     keys = {"scale": (80, 60), "ratio": (0.5, 2.0), "crop": (32, 40), "cat_max_ratio": 0.75}
+    keys |= {"short_edges": None}
     return T.TrainTransform(**{**keys, "flip": 0.5, "photometric": True, **changes})
+
+
+@settings(max_examples=30, deadline=None)
+@given(size=st.tuples(st.integers(20, 90), st.integers(20, 90)), seed=st.integers(0, 1000))
+def test_a_short_edge_can_be_chosen_instead_of_a_ratio(size, seed):
+    """Mask2Former's RandomChoiceResize of ResizeShortestEdge."""
+    transform = make_transform(ratio=None, short_edges=(30, 45, 60), scale=(100, 40))
+    sample = smooth_sample(*size, seed=seed)
+    ours = transform(sample, np.random.RandomState(seed))
+    image, label = reference_chain(sample, transform, seed)
+    np.testing.assert_array_equal(ours.label, label)
+    assert np.abs(ours.image.astype(int) - image).max() <= 1  # see above
+
+
+def test_every_short_edge_is_drawn_alike():
+    drawn = [T.random_short_edge((5, 6, 7, 8), np.random.RandomState(seed)) for seed in range(800)]
+    counts = np.unique(drawn, return_counts=True)[1]
+    np.testing.assert_allclose(counts, 200, atol=40)  # three sigma are 37
+
+
+@pytest.mark.parametrize(("ratio", "edges"), [(None, None), ((0.5, 2.0), (256, 512))])
+def test_a_size_is_drawn_in_one_way(ratio, edges):
+    with pytest.raises(DataError, match=r"data\.ratio.*set one and make the other null"):
+        make_transform(ratio=ratio, short_edges=edges)
 
 
 @settings(max_examples=60, deadline=None)

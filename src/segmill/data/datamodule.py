@@ -48,7 +48,7 @@ class SegmentationData(lightning.LightningDataModule):
         val_split: str,
         test_split: str | None,
         scale: tuple[int, int],
-        ratio: tuple[float, float],
+        ratio: tuple[float, float] | None,
         crop: tuple[int, int],
         cat_max_ratio: float,
         flip: float,
@@ -61,6 +61,7 @@ class SegmentationData(lightning.LightningDataModule):
         seed: int,
         accumulate: int,
         start_step: int,
+        short_edges: tuple[int, ...] | None = None,  # last, so that files of older runs still fit
     ) -> None:
         super().__init__()
         # A `generate` without `_partial_` has already run when this is called.
@@ -81,7 +82,9 @@ class SegmentationData(lightning.LightningDataModule):
         self.protocol, self.seed = protocol, seed
         self.accumulate, self.start_step = accumulate, start_step
         draws = {"flip": flip, "photometric": photometric, "cat_max_ratio": cat_max_ratio}
-        self._transform = TrainTransform(scale=scale, ratio=ratio, crop=crop, **draws)
+        self._transform = TrainTransform(
+            scale=scale, ratio=ratio, short_edges=short_edges, crop=crop, **draws
+        )
         self._datasets: dict[str, FolderDataset] = {}
         self._decoded: dict[str, InMemory] = {}
 

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float32, Int, UInt8
 
+from segmill.data.files import DataError
 from segmill.data.sample import IGNORE, Sample
 
 Image = UInt8[np.ndarray, "_ _ *C"]
@@ -41,6 +42,8 @@ class TrainSample:
 class TrainTransform:
     """Random resize, random crop, flip, photometric draws, padding to the crop size.
 
+    The size is `scale` times a factor from `ratio`, or (Mask2Former) one of `short_edges` whose
+    long edge stays within that of `scale`.
     Draws and label equal `random_resize` -> `random_crop` -> `random_flip` exactly. So does the
     image unless the crop is a small part of it: then only the crop is interpolated, with float32
     instead of OpenCV's 11-bit weights, at most 1 level apart. Depth is interpolated like colour:
@@ -51,13 +54,19 @@ class TrainTransform:
         self,
         *,
         scale: tuple[int, int],
-        ratio: tuple[float, float],
+        ratio: tuple[float, float] | None,
+        short_edges: Sequence[int] | None,
         crop: tuple[int, int],
         cat_max_ratio: float,
         flip: float,
         photometric: bool,
     ) -> None:
-        self.scale, self.ratio, self.crop = scale, ratio, crop
+        if (ratio is None) == (short_edges is None):
+            raise DataError(
+                f"data.ratio={ratio} and data.short_edges={short_edges} are two ways to draw a "
+                "size: set one and make the other null."
+            )
+        self.scale, self.ratio, self.short_edges, self.crop = scale, ratio, short_edges, crop
         self.cat_max_ratio, self.flip, self.photometric = cat_max_ratio, flip, photometric
 
     def __call__(self, sample: Sample, rng: np.random.RandomState) -> TrainSample:
@@ -65,7 +74,7 @@ class TrainTransform:
         image, label = sample.image, sample.label
         assert label is not None
         height, width = image.shape[:2]
-        size = keep_ratio_size(height, width, random_scale(self.scale, self.ratio, rng))
+        size = keep_ratio_size(height, width, self._drawn_scale(height, width, rng))
         rows, columns = nearest_index(height, size[0]), nearest_index(width, size[1])
         valid = (min(self.crop[0], size[0]), min(self.crop[1], size[1]))
 
@@ -78,6 +87,13 @@ class TrainTransform:
             image, part = cv2.flip(image, 1), cv2.flip(part, 1)
         jitter = draw_jitter(rng) if self.photometric else NO_JITTER
         return TrainSample(pad(image, self.crop), pad(part, self.crop), valid, jitter, sample.name)
+
+    def _drawn_scale(self, height: int, width: int, rng: np.random.RandomState) -> tuple[int, int]:
+        if self.ratio is not None:
+            return random_scale(self.scale, self.ratio, rng)
+        assert self.short_edges is not None
+        edge = random_short_edge(self.short_edges, rng)
+        return shortest_edge_scale(height, width, edge, max(self.scale))
 
 
 def random_resize(
@@ -148,10 +164,15 @@ def resize_to_multiple(image: Image, divisor: int) -> Image:
 def resize_shortest_edge(image: Image, size: int, max_size: int) -> Image:
     """ResizeShortestEdge: short edge to `size` unless the long one would pass `max_size`."""
     height, width = image.shape[:2]
+    return resize_keep_ratio(image, shortest_edge_scale(height, width, size, max_size))
+
+
+def shortest_edge_scale(height: int, width: int, size: int, max_size: int) -> tuple[int, int]:
+    """The (width, height) that ResizeShortestEdge then fits the image into."""
     factor = size / min(height, width)
     if factor * max(height, width) > max_size:
         factor = max_size / max(height, width)
-    return resize_keep_ratio(image, (int(width * factor + 0.5), int(height * factor + 0.5)))
+    return int(width * factor + 0.5), int(height * factor + 0.5)
 
 
 def keep_ratio_size(height: int, width: int, scale: Sequence[int]) -> tuple[int, int]:
@@ -167,6 +188,11 @@ def random_scale(
     low, high = ratio
     factor = rng.random_sample() * (high - low) + low
     return int(scale[0] * factor), int(scale[1] * factor)
+
+
+def random_short_edge(edges: Sequence[int], rng: np.random.RandomState) -> int:
+    """RandomChoiceResize: one of `edges`, each as likely."""
+    return edges[rng.choice(len(edges))]
 
 
 def crop_origin(
