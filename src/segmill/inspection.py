@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
@@ -127,9 +127,9 @@ def _check_call(node: Mapping[Any, Any], path: str, target: Any, *, complete: bo
 
 
 def _check_value(value: Any, path: str, hint: Any, where: str) -> list[str]:
-    if is_dataclass(hint) and isinstance(value, Mapping) and "_target_" not in value:
-        assert isinstance(hint, type)
-        return _check_call(value, path, hint, complete=True)
+    kinds = [each for each in (hint, *get_args(hint)) if is_dataclass(each)]
+    if kinds and isinstance(value, Mapping) and "_target_" not in value:
+        return _check_call(value, path, kinds[0], complete=True)
     try:
         converted(value, hint)
     except Mismatch:

@@ -19,6 +19,26 @@ class ExperimentSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Published:
+    """What others measured after training by this recipe; percent, null where nothing is printed.
+
+    `source` is a file of MMSegmentation 1.2.2; the numbers stand in metafile.yaml of its folder.
+    """
+
+    mIoU: float | None  # noqa: N815  (the standard term; one scale)
+    mIoU_ms_flip: float | None  # noqa: N815
+    checkpoint: str | None  # the file that was measured
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSettings(ExperimentSettings):
+    """What names a training run, and what it should reach."""
+
+    published: Published | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainKeys:
     """Root of configs/train.yaml."""
 
@@ -36,7 +56,7 @@ class TrainKeys:
     weights_may_leave: tuple[str, ...]
     resume: str | None
     output_dir: str
-    experiment: ExperimentSettings
+    experiment: RecipeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
