@@ -66,10 +66,11 @@ class HRNet(nn.Module):
         features = [self.layer1(F.relu(self.bn2(self.conv2(stem))))]
         for index in range(1, len(self.channels)):
             transition = self.get_submodule(f"transition{index}")
+            assert isinstance(transition, nn.ModuleList)
             # The new branch starts from the coarsest one.
-            branches = [*features, features[-1]]
-            features = [step(branch) for step, branch in zip(transition, branches, strict=True)]
-            features = self.get_submodule(f"stage{index + 1}")(features)
+            pairs = zip(transition, [*features, features[-1]], strict=True)
+            stage = self.get_submodule(f"stage{index + 1}")
+            features = stage([step(branch) for step, branch in pairs])
         return features
 
     def key_rules(self) -> dict[str, tuple[Rule, ...]]:
