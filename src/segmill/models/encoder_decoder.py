@@ -5,6 +5,7 @@ and necks arrive as `_partial_`, because the sizes of their input follow from wh
 """
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
@@ -13,6 +14,15 @@ from segmill.checkpoint.keys import Rule
 from segmill.checkpoint.load import HasKeyRules
 from segmill.errors import SegmillError
 from segmill.models.layers import Backbone, HasLosses, Neck, Part, head_losses
+
+
+@runtime_checkable
+class FullSizeHead(Protocol):
+    """A head whose logits are made at the image's size: mask classification upsamples masks."""
+
+    def logits_at(
+        self, features: Sequence[Float[Tensor, "B _D _h _w"]], size: Sequence[int]
+    ) -> Float[Tensor, "B K H W"]: ...
 
 
 class EncoderDecoder(nn.Module):
@@ -56,7 +66,10 @@ class EncoderDecoder(nn.Module):
             )
 
     def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K _h _w"]:
-        return self.decode_head(self.features(image))
+        features = self.features(image)
+        if isinstance(self.decode_head, FullSizeHead):
+            return self.decode_head.logits_at(features, image.shape[-2:])
+        return self.decode_head(features)
 
     def features(self, image: Float[Tensor, "B C H W"]) -> Sequence[Float[Tensor, "B _D _h _w"]]:
         """What the heads see: the maps of the neck if there is one, else of the backbone."""

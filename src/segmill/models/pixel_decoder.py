@@ -1,0 +1,240 @@
+"""Pixel decoders: feature maps become one fine map, to be compared with mask embeddings.
+
+Follows: MMDetection 3.3 `PixelDecoder` as `ConvPixelDecoder` (MaskFormer) and
+         `MSDeformAttnPixelDecoder` as `DeformablePixelDecoder` (Mask2Former).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from segmill.models.layers import resize
+from segmill.models.query_decoder import FeedForward, initialise_matrices, sine_positions, tokens
+from segmill.ops.deformable_attention import deformable_attention
+
+GROUPS = 32  # of every GroupNorm
+
+
+class ConvGN(nn.Sequential):
+    """Convolution, GroupNorm, perhaps ReLU; `conv` and `gn` are the names of their weights."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, kernel: int, bias: bool, activate: bool
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
+        self.gn = nn.GroupNorm(GROUPS, out_channels)
+        if activate:
+            self.activate = nn.ReLU(inplace=True)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+
+class ConvPixelDecoder(nn.Module):
+    """A feature pyramid: laterals and top-down sums (nearest neighbours), convolved on each level.
+
+    Its second output is the coarsest feature map, as it came.
+    """
+
+    def __init__(self, *, in_channels: Sequence[int], channels: int) -> None:
+        super().__init__()
+        *finer, last = in_channels
+        self.lateral_convs = _laterals(finer, channels)
+        self.output_convs = _smoothing(len(finer), channels)
+        self.last_feat_conv = ConvGN(last, channels, kernel=3, bias=False, activate=True)
+        self.mask_feature = nn.Conv2d(channels, channels, 3, padding=1)
+        # The original's loop ends one level early.
+        for conv in (*self.lateral_convs[:-1], *self.output_convs[:-1]):
+            xavier_caffe2(conv.conv)
+        xavier_caffe2(self.mask_feature)
+
+    def forward(
+        self, features: Sequence[Float[Tensor, "B _D _h _w"]]
+    ) -> tuple[Float[Tensor, "B D h w"], Float[Tensor, "B _E _k _l"]]:
+        *finer, last = features
+        merged = self.last_feat_conv(last)
+        levels = zip(finer, self.lateral_convs, self.output_convs, strict=True)
+        for feature, lateral, smooth in reversed(list(levels)):
+            hidden = lateral(feature)
+            merged = smooth(hidden + F.interpolate(merged, hidden.shape[-2:], mode="nearest"))
+        return self.mask_feature(merged), last
+
+
+class DeformablePixelDecoder(nn.Module):
+    """Deformable attention among the coarsest `num_levels` maps, a feature pyramid for the others.
+
+    Its second output are the attended maps, the coarsest first.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: Sequence[int],
+        channels: int,
+        num_levels: int,
+        num_layers: int,
+        num_heads: int,
+        num_points: int,
+        hidden: int,
+    ) -> None:
+        super().__init__()
+        finer, coarser = in_channels[:-num_levels], in_channels[-num_levels:]
+        self.input_convs = nn.ModuleList(
+            ConvGN(size, channels, kernel=1, bias=True, activate=False)
+            for size in reversed(coarser)
+        )
+        layers = nn.ModuleList(
+            DeformableLayer(
+                channels, heads=num_heads, levels=num_levels, points=num_points, hidden=hidden
+            )
+            for _ in range(num_layers)
+        )
+        self.encoder = nn.ModuleDict({"layers": layers})
+        self.level_encoding = nn.Embedding(num_levels, channels)
+        self.lateral_convs = _laterals(list(reversed(finer)), channels)
+        self.output_convs = _smoothing(len(finer), channels)
+        self.mask_feature = nn.Conv2d(channels, channels, 1)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for conv in self.input_convs:
+            nn.init.xavier_uniform_(conv.conv.weight)
+            nn.init.zeros_(conv.conv.bias)
+        for conv in (*self.lateral_convs, *self.output_convs):
+            xavier_caffe2(conv.conv)
+        xavier_caffe2(self.mask_feature)
+        initialise_matrices(self.encoder, nn.init.xavier_normal_)
+        for layer in self.encoder["layers"]:
+            layer.self_attn.initialise()
+
+    def forward(
+        self, features: Sequence[Float[Tensor, "B _D _h _w"]]
+    ) -> tuple[Float[Tensor, "B D h w"], list[Float[Tensor, "B D _k _l"]]]:
+        levels = len(self.input_convs)
+        attended = self._attend(list(reversed(features[-levels:])))
+        merged = attended[-1]
+        finer = reversed(features[:-levels])
+        for feature, lateral, smooth in zip(
+            finer, self.lateral_convs, self.output_convs, strict=True
+        ):
+            hidden = lateral(feature)
+            merged = smooth(hidden + resize(merged, hidden.shape[-2:]))
+        return self.mask_feature(merged), attended
+
+    def _attend(
+        self, features: Sequence[Float[Tensor, "B _D _h _w"]]
+    ) -> list[Float[Tensor, "B D _h _w"]]:
+        maps = [conv(feature) for conv, feature in zip(self.input_convs, features, strict=True)]
+        shapes = [(each.shape[2], each.shape[3]) for each in maps]
+        positions = torch.cat(
+            [
+                sine_positions(each) + level
+                for each, level in zip(maps, self.level_encoding.weight, strict=True)
+            ]
+        )
+        centres = torch.cat([pixel_centres(*shape, maps[0].device) for shape in shapes])
+        query = torch.cat([tokens(each) for each in maps], dim=1)
+        for layer in self.encoder["layers"]:
+            query = layer(query, positions, centres, shapes)
+        levels = query.transpose(1, 2).split([height * width for height, width in shapes], dim=2)
+        return [each.unflatten(2, shape) for each, shape in zip(levels, shapes, strict=True)]
+
+
+class DeformableLayer(nn.Module):
+    """Deformable attention and a perceptron, each residual and then normalised."""
+
+    def __init__(self, width: int, *, heads: int, levels: int, points: int, hidden: int) -> None:
+        super().__init__()
+        self.self_attn = DeformableAttention(width, heads=heads, levels=levels, points=points)
+        self.ffn = FeedForward(width, hidden, dropout=0.0)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+
+    def forward(
+        self,
+        query: Float[Tensor, "B N D"],
+        positions: Float[Tensor, "N D"],
+        centres: Float[Tensor, "N 2"],
+        shapes: Sequence[tuple[int, int]],
+    ) -> Float[Tensor, "B N D"]:
+        attended = self.self_attn(query + positions, query, centres, shapes)
+        return self.norms[1](self.ffn(self.norms[0](query + attended)))
+
+
+class DeformableAttention(nn.Module):
+    """Every pixel reads a few points around itself on each level; what it adds to the pixel."""
+
+    def __init__(self, width: int, *, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(width, heads * levels * points)
+        self.value_proj = nn.Linear(width, width)
+        self.output_proj = nn.Linear(width, width)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Each head looks into its own direction, point after point one pixel further."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angles = [2 * math.pi * head / self.heads for head in range(self.heads)]
+        offsets = [
+            [math.cos(angle) / _longest(angle) * point, math.sin(angle) / _longest(angle) * point]
+            for angle in angles
+            for _ in range(self.levels)
+            for point in range(1, self.points + 1)
+        ]
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(torch.tensor(offsets).flatten())
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+
+    def forward(
+        self,
+        query: Float[Tensor, "B N D"],
+        value: Float[Tensor, "B N D"],
+        centres: Float[Tensor, "N 2"],
+        shapes: Sequence[tuple[int, int]],
+    ) -> Float[Tensor, "B N D"]:
+        sizes = (self.heads, self.levels, self.points)
+        values = self.value_proj(value).unflatten(-1, (self.heads, -1))
+        offsets = self.sampling_offsets(query).unflatten(-1, (*sizes, 2))
+        weights = self.attention_weights(query).unflatten(-1, (self.heads, -1)).softmax(-1)
+        pixels = centres.new_tensor([(width, height) for height, width in shapes])[:, None]
+        locations = centres[:, None, None, None] + offsets / pixels
+        weights = weights.unflatten(-1, sizes[1:])
+        return self.output_proj(deformable_attention(values, shapes, locations, weights))
+
+
+def pixel_centres(height: int, width: int, device: torch.device) -> Float[Tensor, "N 2"]:
+    """(x, y) of each pixel, 0..1 from edge to edge, row by row."""
+    y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
+    x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
+
+
+def xavier_caffe2(conv: nn.Conv2d) -> None:
+    """Uniform with the variance 1 / fan in; the bias, if any, is 0."""
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+
+
+def _laterals(in_channels: Sequence[int], channels: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        ConvGN(size, channels, kernel=1, bias=False, activate=False) for size in in_channels
+    )
+
+
+def _smoothing(count: int, channels: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        ConvGN(channels, channels, kernel=3, bias=False, activate=True) for _ in range(count)
+    )
+
+
+def _longest(angle: float) -> float:
+    return max(abs(math.cos(angle)), abs(math.sin(angle)))
