@@ -85,7 +85,7 @@ class PointHead(nn.Module):
         channels: int,
         num_layers: int,
         training_points: int,
-        oversampling: float,
+        oversampling: int,
         uncertain_share: float,
         subdivisions: int,
         subdivision_points: int,
@@ -94,7 +94,7 @@ class PointHead(nn.Module):
     ) -> None:
         super().__init__()
         self.in_index = in_index
-        self.candidates = int(training_points * oversampling)
+        self.candidates = training_points * oversampling
         self.uncertain = int(training_points * uncertain_share)
         self.random = training_points - self.uncertain
         self.subdivisions, self.subdivision_points = subdivisions, subdivision_points
