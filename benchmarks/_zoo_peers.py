@@ -112,6 +112,7 @@ def maskformer(num_classes: int) -> nn.Module:
     config = transformers.MaskFormerConfig(
         backbone_config=_resnet(),
         decoder_config=transformers.DetrConfig(),
+        use_auxiliary_loss=True,  # as MMSegmentation: a loss of every decoder layer
         num_labels=num_classes,
     )
     return MaskClassification(transformers.MaskFormerForInstanceSegmentation(config))
