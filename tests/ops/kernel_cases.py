@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segmill.ops.bilinear import interpolation_matrix
+from segmill.ops.deformable_attention import deformable_attention
 from segmill.ops.triton_argmax import upsample_argmax_cuda
 from segmill.ops.triton_confusion import update_confusion_cuda
 from segmill.ops.triton_cross_entropy import UpsampleCrossEntropyCuda
+from segmill.ops.triton_deformable_attention import DeformableAttentionCuda
 
 Size = tuple[int, int]
 
@@ -131,6 +133,59 @@ def check_wrong_label_is_not_silent(device: str) -> None:
     assert loss.isnan()
 
 
+def points_of_maps(
+    shapes: tuple[Size, ...], *, queries: int, heads: int, width: int, points: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, locations and weights of two images; some points lie outside, one far outside.
+
+    No point is closer to the border of two cells than float32 tells apart: the gradient jumps.
+    """
+    draw = torch.Generator().manual_seed(0)
+    value = torch.randn(2, sum(h * w for h, w in shapes), heads, width, generator=draw)
+    size = (2, queries, heads, len(shapes), points)
+    extent = torch.tensor(shapes).flip(1).reshape(len(shapes), 1, 2)
+    cell = ((extent + 4) * torch.rand(*size, 2, generator=draw)).floor() - 2.5
+    locations = (cell + 0.05 + 0.9 * torch.rand(*size, 2, generator=draw)) / extent
+    locations[0, 0, 0, 0, 0] = torch.tensor([6e4, -6e4])
+    return value, locations, torch.rand(size, generator=draw)
+
+
+def check_deformable_attention(
+    shapes: tuple[Size, ...],
+    *,
+    queries: int,
+    heads: int,
+    width: int,
+    points: int,
+    kinds: tuple[torch.dtype, torch.dtype],
+    device: str,
+) -> None:
+    """Sums and all three gradients against float64; `kinds`: of the values, of the rest."""
+    inputs = points_of_maps(shapes, queries=queries, heads=heads, width=width, points=points)
+    ours = [
+        each.to(device, kind).requires_grad_()
+        for each, kind in zip(inputs, (kinds[0], kinds[1], kinds[1]), strict=True)
+    ]
+    exact = [each.detach().double().requires_grad_() for each in ours]
+    result = DeformableAttentionCuda.apply(ours[0], shapes, *ours[1:])
+    expected = deformable_attention(exact[0], shapes, *exact[1:])
+    # float32 positions in pixels; one rounding to the type of the result last.
+    rounding = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+    position = 1e-6 * max(max(shape) for shape in shapes)
+    assert result.dtype == kinds[0]
+    torch.testing.assert_close(
+        result.double(), expected, rtol=rounding[kinds[0]], atol=4e-6 + position
+    )
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    upstream = upstream.to(device, kinds[0])
+    gradients = torch.autograd.grad(result, ours, upstream)
+    wanted = torch.autograd.grad(expected, exact, upstream.double())
+    for gradient, mine, theirs in zip(gradients, ours, wanted, strict=True):
+        assert gradient.dtype == mine.dtype
+        atol = (2e-6 + position) * theirs.abs().max().item()
+        torch.testing.assert_close(gradient.double(), theirs, rtol=rounding[mine.dtype], atol=atol)
+
+
 def check_all_small() -> None:
     """Every branch at sizes that the interpreter manages."""
     small_cases = [
@@ -158,6 +213,23 @@ def check_all_small() -> None:
             num_classes=num_classes,
             dtype=dtype,
             align_corners=align_corners,
+            device="cpu",
+        )
+    single, half, other = torch.float32, torch.float16, torch.bfloat16
+    small_points: list[tuple[tuple[Size, ...], int, int, int, int, tuple]] = [
+        (((5, 3), (2, 4), (1, 1)), 7, 2, 8, 2, (single, single)),
+        (((4, 6),), 5, 3, 5, 3, (single, single)),  # sizes that are no powers of two
+        (((3, 3), (2, 2)), 20, 2, 16, 1, (other, single)),
+        (((3, 3), (2, 2)), 20, 2, 16, 1, (half, half)),
+    ]
+    for shapes, queries, heads, width, points, kinds in small_points:
+        check_deformable_attention(
+            shapes,
+            queries=queries,
+            heads=heads,
+            width=width,
+            points=points,
+            kinds=kinds,
             device="cpu",
         )
     check_tie("cpu")

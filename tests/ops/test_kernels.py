@@ -13,6 +13,7 @@ triton = pytest.importorskip("triton")
 import kernel_cases  # noqa: E402 - imports triton
 
 from segmill.ops.confusion import update_confusion  # noqa: E402
+from segmill.ops.deformable_attention import deformable_attention  # noqa: E402
 from segmill.ops.upsample_argmax import upsample_argmax  # noqa: E402
 from segmill.ops.upsample_cross_entropy import upsample_cross_entropy  # noqa: E402
 
@@ -120,3 +121,49 @@ def test_the_loss_on_cuda_never_holds_the_upsampled_logits():
     upsample_cross_entropy(logits, label).backward()
     upsampled = 2 * 150 * 512 * 512 * 4
     assert torch.cuda.max_memory_allocated() - before < upsampled / 5
+
+
+@needs_gpu
+@pytest.mark.parametrize("kinds", [(torch.float32,) * 2, (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("levels", [((64, 43), (32, 22), (16, 11)), ((40, 9),)])
+@pytest.mark.parametrize(("heads", "width"), [(8, 32), (6, 64), (3, 20)])
+def test_deformable_attention_on_cuda_is_torchs(levels, heads, width, kinds):
+    kernel_cases.check_deformable_attention(
+        levels, queries=500, heads=heads, width=width, points=4, kinds=kinds, device="cuda"
+    )
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_deformable_attention_of_one_type_on_cuda(kind):
+    kernel_cases.check_deformable_attention(
+        ((9, 7), (5, 4)), queries=33, heads=2, width=32, points=3, kinds=(kind, kind), device="cuda"
+    )
+
+
+@needs_gpu
+def test_deformable_attention_agrees_between_cpu_and_cuda():
+    shapes = ((32, 43), (16, 22))
+    inputs = kernel_cases.points_of_maps(shapes, queries=99, heads=8, width=32, points=4)
+    cpu = deformable_attention(inputs[0], shapes, *inputs[1:])
+    value, *points = (each.cuda() for each in inputs)
+    torch.testing.assert_close(
+        deformable_attention(value, shapes, *points).cpu(), cpu, rtol=0, atol=1e-4
+    )
+    exact = deformable_attention(value.double(), shapes, *(each.double() for each in points))
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(exact.float().cpu(), cpu, rtol=0, atol=1e-4)
+
+
+@needs_gpu
+def test_deformable_attention_on_cuda_never_holds_what_it_reads():
+    shapes = ((64, 64), (32, 32), (16, 16))
+    inputs = kernel_cases.points_of_maps(shapes, queries=5376, heads=8, width=32, points=4)
+    value, *points = (each.cuda().requires_grad_() for each in inputs)
+    deformable_attention(value, shapes, *points).sum().backward()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    deformable_attention(value, shapes, *points).sum().backward()
+    everything_read = points[1].numel() * 32 * 4
+    assert torch.cuda.max_memory_allocated() - before < everything_read / 2
