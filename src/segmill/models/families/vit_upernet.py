@@ -23,7 +23,7 @@ class MultiLevelNeck(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = (channels,) * len(scales)
-        self.scales = tuple(float(scale) for scale in scales)
+        self.scales = tuple(scales)
         self.lateral_convs = nn.ModuleList(Conv(size, channels, kernel=1) for size in in_channels)
         self.convs = nn.ModuleList(Conv(channels, channels, kernel=3) for _ in scales)
 
