@@ -11,6 +11,7 @@ Weights: those of `TimmBackbone`.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from timm.layers import AvgPool2dSame
 from torch import nn
 
 from segmill.models.backbones.timm_backbone import TimmBackbone
@@ -44,8 +45,7 @@ class DilatedResNet(TimmBackbone):
             _dilate(first, max(1, dilation // 2))
             for block in others:
                 _dilate(block, dilation)
-            pool = first.downsample[0]
-            if getattr(pool, "stride", None) == (1, 1) and isinstance(pool, nn.AvgPool2d):
+            if isinstance(first.downsample[0], AvgPool2dSame):  # timm's for stride 1
                 first.downsample[0] = nn.Identity()
 
 
