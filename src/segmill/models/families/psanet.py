@@ -24,7 +24,7 @@ Direction = Literal["collect", "distribute"]
 
 
 class PSAHead(nn.Module):
-    """Attention on a shrunken map ("collect", "distribute" or both), its input beside it, classifier.
+    """Attention on a shrunken map ("collect", "distribute", or both), the map, classifier.
 
     `mask_size` is the (height, width) of the window of offsets that a position scores; what lies
     outside of it has score 0. In a `compact` head the scores are of absolute positions instead, so
@@ -93,12 +93,14 @@ class PSAHead(nn.Module):
     def attended(
         self, direction: Direction, feature: Float[Tensor, "B D h w"], scores: "Scores"
     ) -> Float[Tensor, "B D h w"]:
-        """The feature averaged (summed, without a softmax) with the scores it predicts."""
-        if self.compact:
-            pairs = iter([scores(feature).flatten(2)])
+        """Each position's sum of the feature by the scores that `feature` predicts."""
+        if not self.compact:
+            parts = scores.of_pairs(feature, direction)
+        elif direction == "collect":
+            parts = iter([scores(feature).flatten(2).transpose(1, 2)])
         else:
-            pairs = scores.of_pairs(feature, direction)
-        context = weighted_sums(feature, pairs, direction, softmax=self.psa_softmax)
+            parts = iter([scores(feature).flatten(2)])
+        context = weighted_sums(feature, parts, softmax=self.psa_softmax)
         return context * (1.0 / self.normalization_factor)
 
 
@@ -118,29 +120,39 @@ class Scores(nn.Sequential):
 
     def of_pairs(
         self, feature: Float[Tensor, "B D h w"], direction: Direction
-    ) -> Iterator[Float[Tensor, "B _other _own"]]:
-        """The score of every position (last axis) for every other one, 0 outside the window.
+    ) -> Iterator[Float[Tensor, "B _to _from"]]:
+        """How much each position (by parts, whole rows of the map) receives from every other one.
 
-        Comes in parts: of the last axis for "collect", of the other one for "distribute".
+        In "collect" the receiver predicts it, in "distribute" the giver; 0 outside the window.
         """
-        size, window = feature.shape[-2:], self.window
-        (top, rows), (left, columns) = map(in_reach, size, window)
-        weight = self.get_parameter("1.weight").unflatten(0, window)
-        weight = weight[top : top + rows, left : left + columns].flatten(0, 1)
-        weight = F.pad(weight, (0, 0) * 3 + (0, 1))  # the last score, of all that is outside, is 0
-        scores = F.conv2d(self[0](feature), weight).flatten(2)
+        (height, width), window = feature.shape[-2:], self.window
+        weight, outside = self._weight_in_reach(height, width)
+        tokens = self[0](feature).flatten(2)
+        _, columns = in_reach(width, window[1])
+        index_y = offset_index(height, window[0], columns, outside, feature.device)
+        index_x = offset_index(width, window[1], 1, outside, feature.device)
 
-        height, width = size
-        index_y = offset_index(height, window[0], columns, rows * columns, feature.device)
-        index_x = offset_index(width, window[1], 1, rows * columns, feature.device)
-        step = max(1, PAIRS_AT_ONCE // (len(feature) * height * width**2))
-        for start in range(0, height, step):
-            part = slice(start, start + step)
-            if direction == "collect":
-                own = scores[..., start * width : (start + step) * width]
-                yield _gather(own, index_y[:, part], index_x)
-            else:
-                yield _gather(scores, index_y[part], index_x)
+        # Either way in memory: neighbours in the last axis of what is gathered are close.
+        if direction == "collect":
+            scores, axis = tokens.transpose(1, 2) @ weight.T, 2
+            index_y, index_x = index_y.T.contiguous(), index_x.T.contiguous()
+        else:
+            scores, axis = weight @ tokens, 1
+        rows = max(1, PAIRS_AT_ONCE // (len(feature) * height * width**2))
+        for start in range(0, height, rows):
+            index = index_y[start : start + rows, None, :, None] + index_x[:, None, :]
+            index = index.flatten(2).flatten(0, 1).clamp_(max=outside)
+            own = scores[:, start * width : (start + rows) * width] if axis == 2 else scores
+            yield own.gather(axis, index.expand(len(feature), -1, -1))
+
+    def _weight_in_reach(self, height: int, width: int) -> tuple[Float[Tensor, "S D"], int]:
+        """The last layer's rows for offsets within the map and, after them, zeros: its index."""
+        (top, rows), (left, columns) = map(in_reach, (height, width), self.window)
+        last = self[1]
+        assert isinstance(last, nn.Conv2d)
+        weight = last.weight.flatten(1).unflatten(0, self.window)
+        weight = weight[top : top + rows, left : left + columns].flatten(0, 1)
+        return F.pad(weight, (0, 0, 0, 1)), rows * columns
 
 
 def in_reach(size: int, window: int) -> tuple[int, int]:
@@ -160,29 +172,15 @@ def offset_index(
     return torch.where((entry >= 0) & (entry < count), entry * factor, outside)
 
 
-def _gather(
-    scores: Float[Tensor, "B S i"], index_y: Int64[Tensor, "_jy _iy"], index_x: Int64[Tensor, "w w"]
-) -> Float[Tensor, "B _j i"]:
-    """Scores by (j, i) from scores by (offset, i); the last offset stands for any outside."""
-    index = index_y[:, None, :, None] + index_x[None, :, None, :]
-    index = index.flatten(2).flatten(0, 1).clamp(max=scores.shape[1] - 1)
-    return scores.gather(1, index.expand(len(scores), -1, -1))
-
-
 def weighted_sums(
     feature: Float[Tensor, "B D h w"],
-    pairs: Iterable[Float[Tensor, "B _other _own"]],
-    direction: Direction,
+    parts: Iterable[Float[Tensor, "B _to _from"]],
     *,
     softmax: bool,
 ) -> Float[Tensor, "B D h w"]:
-    """A position sums the feature by its own scores ("collect") or by those for it."""
-    values, sums = feature.flatten(2), []
-    for part in pairs:
-        if direction == "collect":
-            sums.append(values @ (part.softmax(dim=1) if softmax else part))
-        else:
-            sums.append(values @ (part.softmax(dim=2) if softmax else part).transpose(1, 2))
+    """What each position receives, with or without a softmax over all that give."""
+    values = feature.flatten(2)
+    sums = [values @ (p.softmax(dim=2) if softmax else p).transpose(1, 2) for p in parts]
     return torch.cat(sums, dim=2).unflatten(2, feature.shape[-2:])
 
 
