@@ -21,7 +21,7 @@ from segmill.models.layers import DropPath
 KEYS_FROM_MMSEG: tuple[Rule, ...] = (Drop(r"backbone\..+\.relative_position_index"),)
 
 
-def _unfold_order(array: np.ndarray) -> np.ndarray:
+def unfold_order(array: np.ndarray) -> np.ndarray:
     """timm merges patches as (column, row, channel), `nn.Unfold` as (channel, row, column)."""
     lead, merged = array.shape[:-1], array.shape[-1]
     parts = array.reshape(*lead, 2, 2, merged // 4)
@@ -39,7 +39,7 @@ KEYS_FROM_TIMM: tuple[Rule, ...] = (
         Rename(
             rf"layers\.{stage + 1}\.{MERGE}",
             rf"backbone.stages.{stage}.downsample.\1",
-            transform=_unfold_order,
+            transform=unfold_order,
         )
         for stage in range(3)
     ),
@@ -149,10 +149,15 @@ class Stage(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "B h w D"]
     ) -> tuple[Float[Tensor, "B h w D"], Float[Tensor, "B _h _w _D"]]:
+        tokens = self.attended(tokens)
+        return tokens, tokens if self.downsample is None else self.downsample(tokens)
+
+    def attended(self, tokens: Float[Tensor, "B h w D"]) -> Float[Tensor, "B h w D"]:
+        """The blocks alone."""
         same = same_region(tokens.shape[1], tokens.shape[2], self.window, tokens.device)
         for index, block in enumerate(self.blocks):
             tokens = block(tokens, same if index % 2 else None)
-        return tokens, tokens if self.downsample is None else self.downsample(tokens)
+        return tokens
 
 
 class SwinBlock(nn.Module):
