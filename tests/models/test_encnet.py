@@ -66,3 +66,12 @@ def test_a_head_learns_which_classes_are_there():
         history.append(losses["loss_se"].item())
     assert history[-1] < 0.8 * history[0]
     assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_distances_do_not_lose_their_digits_in_mixed_precision():
+    torch.manual_seed(0)
+    encoding, pixels = Encoding(512, num_codes=4), 10 + torch.rand(1, 3, 512)
+    with torch.autocast("cpu", torch.bfloat16):
+        distances = encoding.squared_distances(pixels)
+    wanted = (pixels[:, :, None] - encoding.codewords).square().sum(3)
+    torch.testing.assert_close(distances, wanted)

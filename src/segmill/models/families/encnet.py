@@ -98,19 +98,17 @@ class Encoding(nn.Module):
 
     def forward(self, feature: Float[Tensor, "B D h w"]) -> Float[Tensor, "B _codes D"]:
         pixels = feature.flatten(2).transpose(1, 2)
-        # A distance is a small difference of large sums: never in half precision.
-        with torch.autocast(feature.device.type, enabled=False):
-            nearness = F.softmax(self.scale * self.squared_distances(pixels.float()), dim=2)
-        nearness = nearness.to(feature.dtype)
-        # The sum of nearness * (pixel - codeword), without all differences in memory.
+        nearness = F.softmax(self.scale * self.squared_distances(pixels), dim=2).to(pixels.dtype)
+        # Sums of nearness * (pixel - codeword), without the differences.
         codes = nearness.sum(dim=1)[:, :, None] * self.codewords
         return nearness.transpose(1, 2) @ pixels - codes
 
     def squared_distances(self, pixels: Float[Tensor, "B N D"]) -> Float[Tensor, "B N _codes"]:
-        """|x - c|^2 = |x|^2 - 2 x c + |c|^2: the differences would take 32 feature maps."""
-        of_pixels = pixels.square().sum(dim=2, keepdim=True)
-        of_codes = self.codewords.square().sum(dim=1)
-        return of_pixels - 2 * pixels @ self.codewords.T + of_codes
+        """|x - c|^2 = |x|^2 - 2 x c + |c|^2: the differences would take as much as 32 maps."""
+        # A small difference of large sums: float64, which autocast leaves alone.
+        wide, codes = pixels.double(), self.codewords.double()
+        of_pixels = wide.square().sum(dim=2, keepdim=True)
+        return (of_pixels - 2 * wide @ codes.T + codes.square().sum(dim=1)).float()
 
 
 def present_classes(label: Integer[Tensor, "B H W"], num_classes: int) -> Float[Tensor, "B K"]:
