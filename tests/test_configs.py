@@ -29,10 +29,30 @@ OPTIONS = [
     for group in ("data", "protocol", "optim", "trainer", "logging")
     for option in options(group)
 ]
-MODELS = sorted(fitting("train", "model"))
+
+
+def _slow_unless(default: bool, *values: str) -> Any:
+    return pytest.param(*values, marks=() if default else pytest.mark.slow)
+
+
+def _stands_alone(option: str) -> bool:
+    """Whether the variant's file starts from no other variant's: about one a family."""
+    text = (CONFIGS / "model" / f"{option}.yaml").read_text(encoding="utf-8")
+    return "_target_: segmill.models.discriminative" in text
+
+
+MODELS = [
+    _slow_unless(_stands_alone(option), name)
+    for name, option in sorted(fitting("train", "model").items())
+]
+# The published recipes are many and alike; test_recipes composes one of each family.
+EXPERIMENTS = [
+    _slow_unless(not name.startswith(("ade20k/", "cityscapes/")), short)
+    for short, name in sorted(options("experiment").items())
+]
 BACKBONES = sorted(options("model/backbone"))
 ADAPTS = [
-    (group, option)
+    _slow_unless(group != "model/discriminative" or option.startswith("segformer"), group, option)
     for group in ("tta", "model/discriminative", "model/generative")
     for option in options(group)
 ]
@@ -76,7 +96,7 @@ def test_every_option_of_a_command_builds_what_the_command_takes(command):
         located(kind)
 
 
-@pytest.mark.parametrize("experiment", sorted(options("experiment")))
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes(experiment):
     adapts = options("experiment")[experiment].startswith("adapt/")
     compose("adapt" if adapts else "train", [f"experiment={experiment}"])

@@ -48,7 +48,7 @@ PART = {"_target_": f"{__name__}.Part", "size": [2, 3], "rate": 1, "mode": "whol
 def test_a_short_model_name_finds_its_file_in_the_subfolder():
     config = compose("train", SMALL)
     assert config.model_name == "fcn_tiny_rgbd"
-    assert config.model.network["_target_"].endswith("FCN")
+    assert config.model.network["decode_head"]["_target_"].endswith("FCNHead")
 
 
 def test_the_whole_option_name_is_taken_too():

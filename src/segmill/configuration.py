@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from segmill.commands.settings import BUILDS, KEYS
 from segmill.errors import SegmillError
 from segmill.inspection import keys_of, problems_in
-from segmill.options import config_folders, fitting, groups, options, suggestion, target_of
+from segmill.options import config_folders, fits, fitting, groups, options, suggestion, target_of
 from segmill.paths import CONFIGS
 from segmill.typecheck import converted, located, parameters
 
@@ -244,10 +244,10 @@ def _foreign(command: str, choices: Mapping[Any, Any]) -> list[str]:
     """Chosen options that build what only other commands take: a training set cannot adapt."""
     problems = []
     for group in BUILDS.get(command, {}):
-        option, taken = choices.get(group), fitting(command, group)
-        if option is None or option in taken.values():
+        option = choices.get(group)
+        if option is None or fits(command, group, option):
             continue
-        kind = target_of(group, option)
+        kind, taken = target_of(group, option), fitting(command, group)
         others = [each.replace("_", " ") for each in BUILDS if BUILDS[each].get(group) == kind]
         if others:
             *first, last = others

@@ -48,12 +48,14 @@ def options(group: str) -> dict[str, str]:
 
 def fitting(command: str, group: str) -> dict[str, str]:
     """`options` of a group that `command` takes: others build what only other commands want."""
+    return {name: each for name, each in options(group).items() if fits(command, group, each)}
+
+
+def fits(command: str, group: str, option: str) -> bool:
+    """Whether the option does not build what only other commands want."""
     wanted = BUILDS.get(command, {}).get(group)
-    found = options(group)
-    if wanted is None:
-        return found
     foreign = {kinds.get(group) for kinds in BUILDS.values()} - {wanted, None}
-    return {name: each for name, each in found.items() if target_of(group, each) not in foreign}
+    return wanted is None or target_of(group, option) not in foreign
 
 
 def target_of(group: str, option: str) -> str | None:
