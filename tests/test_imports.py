@@ -41,6 +41,7 @@ LAYERS: list[tuple[str, int, set[str] | None]] = [
     ("models.backbones.*", 2, TORCH_LIBRARIES),
     *((f"models.{name}", 2, TORCH_LIBRARIES) for name in ("matching", "mask_losses")),
     *((f"models.{name}", 2, TORCH_LIBRARIES) for name in ("pixel_decoder", "query_decoder")),
+    ("models.deformable", 2, TORCH_LIBRARIES),
     ("models.families.*", 3, TORCH_LIBRARIES),
     ("models.guide_view", 3, TORCH_LIBRARIES),
     ("models.discriminative", 4, TORCH_LIBRARIES),
