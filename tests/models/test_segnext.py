@@ -80,6 +80,11 @@ def test_the_factorisation_is_float32_under_autocast():
         torch.testing.assert_close(nmf(feature), expected)
 
 
+def test_the_meta_device_which_knows_no_autocast_will_do():
+    nmf = NMF(rank=3, train_steps=1, eval_steps=1)
+    assert nmf(torch.empty(1, 8, 4, 5, device="meta")).shape == (1, 8, 4, 5)
+
+
 def test_logits_have_the_size_of_the_first_map_chosen_whatever_the_image(network):
     with torch.no_grad():
         assert network.eval()(torch.randn(1, 3, 50, 71)).shape == (1, 5, 7, 9)

@@ -7,6 +7,7 @@ Follows: MMSegmentation 1.2.2 `Hamburger` and `NMF2D`; SegNeXt and DFormer stand
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -55,11 +56,18 @@ class NMF(nn.Module):
     def forward(self, feature: Float[Tensor, "B D h w"]) -> Float[Tensor, "B D h w"]:
         batch, width = feature.shape[:2]
         steps = self.train_steps if self.training else self.eval_steps
-        with torch.autocast(feature.device.type, enabled=False):
+        with _without_autocast(feature.device):
             pixels = feature.flatten(2).float()
             bases = torch.rand(batch, width, self.rank, device=feature.device)
             low_rank = factorised(pixels, F.normalize(bases, dim=1), steps=steps)
         return low_rank.to(feature.dtype).unflatten(2, feature.shape[2:])
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    # The meta device, on which networks are counted, knows none.
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def factorised(
