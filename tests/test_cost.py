@@ -17,6 +17,22 @@ class _Mean(nn.Module):
         return self.linear(image.mean(dim=(2, 3)))
 
 
+class _Queries(nn.Module):
+    """Hands a parameter of its own to another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.zeros(5, 3))
+        self.linear = nn.Linear(3, 7)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        return self.linear(self.queries)
+
+
+def test_learned_queries_are_counted():
+    assert count_flops(_Queries(), channels=3, height=4, width=4) == 2 * 5 * 3 * 7
+
+
 def test_a_convolution_costs_two_operations_per_kernel_value_and_output_pixel():
     # 3 x 3 kernel, 3 -> 8 channels, stride 2 and padding 1: the output of 10 x 12 is 5 x 6.
     network = nn.Conv2d(3, 8, kernel_size=3, stride=2, padding=1)

@@ -20,7 +20,8 @@ def count_flops(network: nn.Module, *, channels: int, height: int, width: int) -
     Counted by PyTorch on the meta device: matrix products, convolutions and attention; nothing is
     computed. Divide by two for the MACs that many papers print as "FLOPs".
     """
-    hollow = copy.deepcopy(network).to("meta").eval()
+    # The counter wants the gradient of parameters that go from module to module, as queries do.
+    hollow = copy.deepcopy(network).to("meta").eval().requires_grad_(False)
     image = torch.empty(1, channels, height, width, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         hollow(image)
