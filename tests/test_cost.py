@@ -25,7 +25,7 @@ class _Queries(nn.Module):
         self.queries = nn.Parameter(torch.zeros(5, 3))
         self.linear = nn.Linear(3, 7)
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.linear(self.queries)
 
 
