@@ -89,3 +89,23 @@ def test_only_the_classifier_of_timms_own_weights_is_left_over(name, levels, lef
     first = next(iter(arrays))
     loaded = dict(network.named_parameters())[next(iter(report.loaded))]
     assert torch.equal(loaded, torch.from_numpy(arrays[first]))
+
+
+def test_frozen_norms_keep_their_scale_but_not_their_statistics():
+    trunk = backbone("resnet18", frozen=[r"(.+\.)?bn\d\..+"]).train()
+    trunk(torch.rand(2, 3, 32, 32))
+    assert not trunk.trunk.bn1.weight.requires_grad
+    assert trunk.trunk.conv1.weight.requires_grad
+    assert trunk.trunk.bn1.running_mean.any()
+
+
+def test_a_frozen_pattern_that_matches_nothing_is_refused():
+    with pytest.raises(SegmillError, match=r"'norm1' of backbone.frozen.*conv1.weight"):
+        backbone("resnet18", frozen=["norm1"])
+
+
+def test_norm_eval_keeps_the_statistics():
+    trunk = backbone("resnet18", norm_eval=True).train()
+    trunk(torch.rand(2, 3, 32, 32))
+    assert not trunk.trunk.bn1.running_mean.any()
+    assert trunk.trunk.layer1.training

@@ -5,7 +5,7 @@ Follows: MMDetection 3.3 `PixelDecoder` as `ConvPixelDecoder` (MaskFormer) and
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,21 @@ class ConvGN(nn.Sequential):
     """Convolution, GroupNorm, perhaps ReLU; `conv` and `gn` are the names of their weights."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, kernel: int, bias: bool, activate: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel: int,
+        bias: bool,
+        activate: bool,
+        initialise: Callable[[nn.Conv2d], None],
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
         self.gn = nn.GroupNorm(GROUPS, out_channels)
         if activate:
             self.activate = nn.ReLU(inplace=True)
-        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        initialise(self.conv)
 
 
 class ConvPixelDecoder(nn.Module):
@@ -42,13 +49,14 @@ class ConvPixelDecoder(nn.Module):
     def __init__(self, *, in_channels: Sequence[int], channels: int) -> None:
         super().__init__()
         *finer, last = in_channels
-        self.lateral_convs = _laterals(finer, channels)
-        self.output_convs = _smoothing(len(finer), channels)
-        self.last_feat_conv = ConvGN(last, channels, kernel=3, bias=False, activate=True)
+        # The original's loop ends one level early: it leaves the third as it was made.
+        fills = [*[xavier_caffe2] * (len(finer) - 1), kaiming]
+        self.lateral_convs = _laterals(finer, channels, fills)
+        self.output_convs = _smoothing(channels, fills)
+        self.last_feat_conv = ConvGN(
+            last, channels, kernel=3, bias=False, activate=True, initialise=kaiming
+        )
         self.mask_feature = nn.Conv2d(channels, channels, 3, padding=1)
-        # The original's loop ends one level early.
-        for conv in (*self.lateral_convs[:-1], *self.output_convs[:-1]):
-            xavier_caffe2(conv.conv)
         xavier_caffe2(self.mask_feature)
 
     def forward(
@@ -83,32 +91,21 @@ class DeformablePixelDecoder(nn.Module):
         super().__init__()
         finer, coarser = in_channels[:-num_levels], in_channels[-num_levels:]
         self.input_convs = nn.ModuleList(
-            ConvGN(size, channels, kernel=1, bias=True, activate=False)
+            ConvGN(size, channels, kernel=1, bias=True, activate=False, initialise=xavier)
             for size in reversed(coarser)
         )
-        layers = nn.ModuleList(
+        self.encoder = DeformableEncoder(
             DeformableLayer(
                 channels, heads=num_heads, levels=num_levels, points=num_points, hidden=hidden
             )
             for _ in range(num_layers)
         )
-        self.encoder = nn.ModuleDict({"layers": layers})
         self.level_encoding = nn.Embedding(num_levels, channels)
-        self.lateral_convs = _laterals(list(reversed(finer)), channels)
-        self.output_convs = _smoothing(len(finer), channels)
+        fills = [xavier_caffe2] * len(finer)
+        self.lateral_convs = _laterals(list(reversed(finer)), channels, fills)
+        self.output_convs = _smoothing(channels, fills)
         self.mask_feature = nn.Conv2d(channels, channels, 1)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        for conv in self.input_convs:
-            nn.init.xavier_uniform_(conv.conv.weight)
-            nn.init.zeros_(conv.conv.bias)
-        for conv in (*self.lateral_convs, *self.output_convs):
-            xavier_caffe2(conv.conv)
         xavier_caffe2(self.mask_feature)
-        initialise_matrices(self.encoder, nn.init.xavier_normal_)
-        for layer in self.encoder["layers"]:
-            layer.self_attn.initialise()
 
     def forward(
         self, features: Sequence[Float[Tensor, "B _D _h _w"]]
@@ -136,11 +133,29 @@ class DeformablePixelDecoder(nn.Module):
             ]
         )
         centres = torch.cat([pixel_centres(*shape, maps[0].device) for shape in shapes])
-        query = torch.cat([tokens(each) for each in maps], dim=1)
-        for layer in self.encoder["layers"]:
-            query = layer(query, positions, centres, shapes)
+        pixels = torch.cat([tokens(each) for each in maps], dim=1)
+        query = self.encoder(pixels, positions, centres, shapes)
         levels = query.transpose(1, 2).split([height * width for height, width in shapes], dim=2)
         return [each.unflatten(2, shape) for each, shape in zip(levels, shapes, strict=True)]
+
+
+class DeformableEncoder(nn.Module):
+    """Layers of deformable attention among the pixels of all levels."""
+
+    def __init__(self, layers: Iterable["DeformableLayer"]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(
+        self,
+        query: Float[Tensor, "B N D"],
+        positions: Float[Tensor, "N D"],
+        centres: Float[Tensor, "N 2"],
+        shapes: Sequence[tuple[int, int]],
+    ) -> Float[Tensor, "B N D"]:
+        for layer in self.layers:
+            query = layer(query, positions, centres, shapes)
+        return query
 
 
 class DeformableLayer(nn.Module):
@@ -151,6 +166,7 @@ class DeformableLayer(nn.Module):
         self.self_attn = DeformableAttention(width, heads=heads, levels=levels, points=points)
         self.ffn = FeedForward(width, hidden, dropout=0.0)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        initialise_matrices(self.ffn, nn.init.xavier_normal_)
 
     def forward(
         self,
@@ -173,9 +189,9 @@ class DeformableAttention(nn.Module):
         self.attention_weights = nn.Linear(width, heads * levels * points)
         self.value_proj = nn.Linear(width, width)
         self.output_proj = nn.Linear(width, width)
-        self.initialise()
+        self._initialise()
 
-    def initialise(self) -> None:
+    def _initialise(self) -> None:
         """Each head looks into its own direction, point after point one pixel further."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angles = [2 * math.pi * head / self.heads for head in range(self.heads)]
@@ -224,15 +240,31 @@ def xavier_caffe2(conv: nn.Conv2d) -> None:
         nn.init.zeros_(conv.bias)
 
 
-def _laterals(in_channels: Sequence[int], channels: int) -> nn.ModuleList:
+def xavier(conv: nn.Conv2d) -> None:
+    """Uniform by Glorot; the bias is 0."""
+    assert conv.bias is not None
+    nn.init.xavier_uniform_(conv.weight)
+    nn.init.zeros_(conv.bias)
+
+
+def kaiming(conv: nn.Conv2d) -> None:
+    """Normal by He, for a ReLU, as any convolution of MMCV's before somebody else fills it."""
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _laterals(
+    in_channels: Sequence[int], channels: int, fills: Sequence[Callable[[nn.Conv2d], None]]
+) -> nn.ModuleList:
     return nn.ModuleList(
-        ConvGN(size, channels, kernel=1, bias=False, activate=False) for size in in_channels
+        ConvGN(size, channels, kernel=1, bias=False, activate=False, initialise=fill)
+        for size, fill in zip(in_channels, fills, strict=True)
     )
 
 
-def _smoothing(count: int, channels: int) -> nn.ModuleList:
+def _smoothing(channels: int, fills: Sequence[Callable[[nn.Conv2d], None]]) -> nn.ModuleList:
     return nn.ModuleList(
-        ConvGN(channels, channels, kernel=3, bias=False, activate=True) for _ in range(count)
+        ConvGN(channels, channels, kernel=3, bias=False, activate=True, initialise=fill)
+        for fill in fills
     )
 
 

@@ -4,17 +4,27 @@ Parameter names are MMDetection 3.3's, and so are the initial values.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from segmill.checkpoint.keys import Rename, Rule
 from segmill.models.layers import resize
 
 TEMPERATURE = 10_000  # of the positions' wavelengths
 EPS = 1e-6  # the original's
+
+
+class DecoderLayers(nn.Module):
+    """The layers, called one by one by the head, and the norm before its predictions."""
+
+    def __init__(self, layers: Iterable[nn.Module], width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.post_norm = nn.LayerNorm(width)
 
 
 class Attention(nn.Module):
@@ -61,6 +71,24 @@ class FeedForward(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         return tokens + self.layers(tokens)
+
+
+def keys_before_mmdet3(first: str, second: str) -> tuple[Rule, ...]:
+    """Rules from the names of MMDetection 2 and the first 3.0 candidates, which number the parts.
+
+    `first` and `second` are the two attentions of a decoder layer, in the order of its work.
+    """
+    decoder = r"decode_head\.transformer_decoder\.layers\.(\d+)\."
+    encoder = r"decode_head\.pixel_decoder\.encoder\.layers\.(\d+)\."
+    ours = r"decode_head.transformer_decoder.layers.\1."
+    ours_encoder = r"decode_head.pixel_decoder.encoder.layers.\1."
+    return (
+        Rename(decoder + r"attentions\.0\.(.+)", ours + rf"{first}.\2"),
+        Rename(decoder + r"attentions\.1\.(.+)", ours + rf"{second}.\2"),
+        Rename(decoder + r"ffns\.0\.(.+)", ours + r"ffn.\2"),
+        Rename(encoder + r"attentions\.0\.(.+)", ours_encoder + r"self_attn.\2"),
+        Rename(encoder + r"ffns\.0\.(.+)", ours_encoder + r"ffn.\2"),
+    )
 
 
 def mask_embedding(width: int, channels: int) -> nn.Sequential:

@@ -3,7 +3,8 @@
 Paper:   Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation",
          CVPR 2022, https://arxiv.org/abs/2112.01527
 Follows: MMSegmentation 1.2.2 `Mask2FormerHead` (MMDetection 3.3's), without compiled operators.
-Weights: MMSegmentation's mask2former_* files load by name.
+Weights: MMSegmentation's mask2former_* files load by name; those made before MMDetection 3.0's new
+         transformer (`attentions.0`, `ffns.0`) through the head's key rules.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,14 +13,17 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
+from segmill.checkpoint.keys import Rule
 from segmill.models.layers import resize
 from segmill.models.mask_losses import PointMaskLosses, Prediction
 from segmill.models.matching import MaskLabel
 from segmill.models.pixel_decoder import DeformablePixelDecoder
 from segmill.models.query_decoder import (
     Attention,
+    DecoderLayers,
     FeedForward,
     initialise_matrices,
+    keys_before_mmdet3,
     mask_embedding,
     semantic_logits,
     sine_positions,
@@ -49,11 +53,8 @@ class Mask2FormerHead(nn.Module):
         super().__init__()
         self.criterion, self.num_classes = criterion, num_classes
         self.pixel_decoder = pixel_decoder(in_channels=in_channels, channels=channels)
-        layers = nn.ModuleList(
-            MaskedLayer(channels, heads=num_heads, hidden=hidden) for _ in range(num_layers)
-        )
-        post_norm = nn.LayerNorm(channels)
-        self.transformer_decoder = nn.ModuleDict({"layers": layers, "post_norm": post_norm})
+        layers = (MaskedLayer(channels, heads=num_heads, hidden=hidden) for _ in range(num_layers))
+        self.transformer_decoder = DecoderLayers(layers, channels)
         self.query_embed = nn.Embedding(num_queries, channels)
         self.query_feat = nn.Embedding(num_queries, channels)
         self.level_embed = nn.Embedding(len(self.pixel_decoder.input_convs), channels)
@@ -83,17 +84,21 @@ class Mask2FormerHead(nn.Module):
         keys = [each + sine_positions(level) for each, level in zip(memory, levels, strict=True)]
         query = self.query_feat.weight.expand(len(mask_feature), -1, -1)
         predictions = [self._prediction(query, mask_feature)]
-        for index, layer in enumerate(self.transformer_decoder["layers"]):
+        for index, layer in enumerate(self.transformer_decoder.layers):
             level = index % len(levels)
             allowed = inside(predictions[-1].masks, levels[level].shape[-2:])
             query = layer(query, self.query_embed.weight, keys[level], memory[level], allowed)
             predictions.append(self._prediction(query, mask_feature))
         return predictions
 
+    def key_rules(self) -> dict[str, tuple[Rule, ...]]:
+        """Rules to `decode_head.*` from older files of MMSegmentation."""
+        return {"mmseg": keys_before_mmdet3("cross_attn", "self_attn")}
+
     def _prediction(
         self, query: Float[Tensor, "B Q D"], mask_feature: Float[Tensor, "B D h w"]
     ) -> Prediction:
-        normed = self.transformer_decoder["post_norm"](query)
+        normed = self.transformer_decoder.post_norm(query)
         masks = torch.einsum("bqd,bdhw->bqhw", self.mask_embed(normed), mask_feature)
         return Prediction(self.cls_embed(normed), masks)
 

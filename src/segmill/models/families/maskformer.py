@@ -3,7 +3,8 @@
 Paper:   Cheng et al., "Per-Pixel Classification is Not All You Need for Semantic Segmentation",
          NeurIPS 2021, https://arxiv.org/abs/2107.06278
 Follows: MMSegmentation 1.2.2 `MaskFormerHead` (MMDetection 3.3's) with its `PixelDecoder`.
-Weights: MMSegmentation's maskformer_* files load by name.
+Weights: MMSegmentation's maskformer_* files load by name; those made before MMDetection 3.0's new
+         transformer (`attentions.0`, `ffns.0`) through the head's key rules.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,13 +13,16 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
+from segmill.checkpoint.keys import Rule
 from segmill.models.mask_losses import DenseMaskLosses, Prediction
 from segmill.models.matching import MaskLabel
 from segmill.models.pixel_decoder import ConvPixelDecoder, xavier_caffe2
 from segmill.models.query_decoder import (
     Attention,
+    DecoderLayers,
     FeedForward,
     initialise_matrices,
+    keys_before_mmdet3,
     mask_embedding,
     semantic_logits,
     sine_positions,
@@ -46,12 +50,11 @@ class MaskFormerHead(nn.Module):
         super().__init__()
         self.criterion, self.num_classes = criterion, num_classes
         self.pixel_decoder = pixel_decoder(in_channels=in_channels, channels=channels)
-        layers = nn.ModuleList(
+        layers = (
             DecoderLayer(channels, heads=num_heads, hidden=hidden, dropout=dropout)
             for _ in range(num_layers)
         )
-        post_norm = nn.LayerNorm(channels)
-        self.transformer_decoder = nn.ModuleDict({"layers": layers, "post_norm": post_norm})
+        self.transformer_decoder = DecoderLayers(layers, channels)
         self.decoder_input_proj = nn.Conv2d(in_channels[-1], channels, 1)
         self.query_embed = nn.Embedding(num_queries, channels)
         self.cls_embed = nn.Linear(channels, num_classes + 1)
@@ -75,6 +78,10 @@ class MaskFormerHead(nn.Module):
         mask_feature, queries = self._decode(features)
         return self.criterion([self._prediction(each, mask_feature) for each in queries], masks)
 
+    def key_rules(self) -> dict[str, tuple[Rule, ...]]:
+        """Rules to `decode_head.*` from older files of MMSegmentation."""
+        return {"mmseg": keys_before_mmdet3("self_attn", "cross_attn")}
+
     def _decode(
         self, features: Sequence[Float[Tensor, "B _D _h _w"]]
     ) -> tuple[Float[Tensor, "B D h w"], list[Float[Tensor, "B Q D"]]]:
@@ -86,7 +93,7 @@ class MaskFormerHead(nn.Module):
         positions = self.query_embed.weight
         query = torch.zeros_like(positions).expand(len(mask_feature), -1, -1)
         queries = []
-        for layer in self.transformer_decoder["layers"]:
+        for layer in self.transformer_decoder.layers:
             query = layer(query, positions, key, memory)
             queries.append(query)
         return mask_feature, queries
@@ -94,7 +101,7 @@ class MaskFormerHead(nn.Module):
     def _prediction(
         self, query: Float[Tensor, "B Q D"], mask_feature: Float[Tensor, "B D h w"]
     ) -> Prediction:
-        normed = self.transformer_decoder["post_norm"](query)
+        normed = self.transformer_decoder.post_norm(query)
         masks = torch.einsum("bqd,bdhw->bqhw", self.mask_embed(normed), mask_feature)
         return Prediction(self.cls_embed(normed), masks)
 
