@@ -11,7 +11,7 @@ Weights: those of `TimmBackbone`.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.layers import AvgPool2dSame
+from timm.layers.pool2d_same import AvgPool2dSame
 from torch import nn
 
 from segmill.models.backbones.timm_backbone import TimmBackbone
