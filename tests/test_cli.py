@@ -104,6 +104,7 @@ def test_train_help_lists_the_options_of_its_groups(capsys):
         ("eval --dry-run", "no --dry-run"),
         ("train pspnet", "is not key=value"),
         ("doctor now", "no such argument"),
+        ("models upernet swin", "swin: word is given already"),
     ],
 )
 def test_a_wrong_line_ends_with_status_2_and_one_paragraph(line, answer, capsys):

@@ -117,10 +117,9 @@ def test_a_recipe_says_what_its_source_says(name):
     """Devices x images each, and thousands of steps, stand in the name of the original's file."""
     content = CONTENT[name]
     published = content.experiment.published
-    devices, images, thousands = (
-        int(number)
-        for number in re.search(r"_(\d+)xb(\d+)-(?:adamw-)?(\d+)k_", published.source).groups()
-    )
+    found = re.search(r"_(\d+)xb(\d+)-(?:adamw-)?(\d+)k_", published.source)
+    assert found is not None
+    devices, images, thousands = map(int, found.groups())
     assert content.get("data", {}).get("batch_size", 16) == devices * images
     assert name.split("_")[-1] == f"{thousands}k"
     assert any(each.endswith(f"_{thousands}k") for each in chosen(content, "optim"))

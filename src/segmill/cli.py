@@ -85,6 +85,8 @@ def _call_plain(line: Line, verb: Verb) -> None:
         if key not in verb.arguments:
             hint = suggestion(key, verb.arguments)
             raise SegmillError(f"{word}: no such argument{hint or '.'} {_see_help(line.verb)}")
+        if key in keywords:
+            raise SegmillError(f"{word}: {key} is given already. {_see_help(line.verb)}")
         keywords[key] = verb.arguments[key](value)
     for key in verb.required:
         if key not in keywords:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 
 from segmill.options import fitting
 from segmill.paths import CONFIGS
 from segmill.verbs import VERBS
 
 WIDTH = 100
+MANY, FEW = 40, 8  # options of a group in a help text
 FLAGS_HELP = """\
 Flags
   -h, --help    this text, or that of a command
@@ -57,6 +59,14 @@ def verb_help(name: str) -> str:
     return "\n".join(lines)
 
 
+def _shown(found: Mapping[str, str]) -> str:
+    """The options of a group; of very many the first ones, those outside subfolders before all."""
+    names = sorted(found, key=lambda name: ("/" in found[name], name))
+    if len(names) <= MANY:
+        return ", ".join(names) or "(none yet)"
+    return f"{', '.join(names[:FEW])}, ... ({len(names)}: segmill models)"
+
+
 def _groups(config: str) -> list[str]:
     """The groups of a root file with their options, read without a YAML parser."""
     text = (CONFIGS / f"{config}.yaml").read_text(encoding="utf-8")
@@ -67,7 +77,7 @@ def _groups(config: str) -> list[str]:
         return []
     lines = ["", "Groups"]
     for name in names:
-        listed = ", ".join(sorted(fitting(config, name))) or "(none yet)"
+        listed = _shown(fitting(config, name))
         lines += textwrap.wrap(
             f"  {name}= {listed}", WIDTH, subsequent_indent="      ", break_on_hyphens=False
         )

@@ -42,6 +42,7 @@ VERBS: dict[str, Verb] = {
         summary="train a model; leaves a run folder with checkpoints, scores and a report",
         usage="segmill train [GROUP=OPTION ...] [key=value ...] [--dry-run]",
         keys=(
+            ("experiment=NAME", "a whole recipe: model, data, schedule; segmill models lists them"),
             ("experiment.name=NAME", "the run folder's name"),
             ("data.data_root=DIR", "where the data set lies"),
             ("data.batch_size=N", "the global batch, however many devices share it"),
@@ -54,6 +55,7 @@ VERBS: dict[str, Verb] = {
         ),
         examples=(
             "segmill train model=segformer_mit-b0 data=camvid data.data_root=data/camvid",
+            "segmill train experiment=segformer_mit-b0_ade20k_160k weights=timm trainer=gpu",
             "segmill train model=pspnet_r50-d8 data=ade20k weights=timm trainer=ddp --dry-run",
             "segmill train model=fcn_r50-d8,upernet_r50 seed=0,1,2    # six runs in a row",
             "segmill train resume=runs/my_run",
@@ -148,6 +150,21 @@ VERBS: dict[str, Verb] = {
             "segmill export run=runs/my_run",
             "segmill export run=segformer_mit-b0 num_classes=19 size=[512,1024] output=label",
             "segmill export run=runs/my_run format=torch path=model.pt2",
+        ),
+    ),
+    "models": Verb(
+        module="segmill.commands.models",
+        arguments={"word": str, "format": str},
+        summary="list every model: size, published mIoU, the experiment that trains it",
+        usage="segmill models [WORD] [format=table|markdown]",
+        keys=(
+            ("WORD", "a family, a part of a name, or a whole name: then everything about it"),
+            ("format=markdown", "the table of docs/zoo.md"),
+        ),
+        examples=(
+            "segmill models",
+            "segmill models upernet",
+            "segmill models segformer_mit-b0",
         ),
     ),
     "demo": Verb(
