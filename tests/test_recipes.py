@@ -4,6 +4,7 @@ For 30 of them the original's optimizer was built and its schedule run (optim_sc
 parameter's learning rate and weight decay, and the rates along the run.
 """
 
+import dataclasses
 import re
 from typing import Any
 
@@ -43,13 +44,7 @@ def recipe(request):
 
 def test_groups_are_the_originals(recipe):
     name, config, network = recipe
-    settings: OptimizerSettings = build(config.optimizer)
-    ours = {
-        parameter: (float(f"{group['lr']:g}"), float(f"{group['weight_decay']:g}"))
-        for group in settings.groups(network)
-        for parameter, _ in group["params"]
-    }
-    assert ours == renamed_groups(name, network)  # six digits: so the file says them
+    assert as_groups(build(config.optimizer), network) == renamed_groups(name, network)
 
 
 def test_every_rule_names_a_parameter(recipe, caplog):
@@ -87,6 +82,15 @@ def test_the_optimizer_is_the_originals(recipe):
         assert tuple(settings.betas) == tuple(original.get("betas", (0.9, 0.999)))
 
 
+def as_groups(settings: OptimizerSettings, network: nn.Module) -> Groups:
+    """In six digits, as the file has them."""
+    return {
+        parameter: (float(f"{group['lr']:g}"), float(f"{group['weight_decay']:g}"))
+        for group in settings.groups(network)
+        for parameter, _ in group["params"]
+    }
+
+
 def renamed_groups(name: str, network: nn.Module) -> Groups:
     """The original's groups under our names: each array's value is the index of its group."""
     listed = SCHEDULES[name]["groups"]
@@ -110,6 +114,69 @@ def renamed_groups(name: str, network: nn.Module) -> Groups:
             (place,) = np.unique(array)
             found[key] = rates[int(place)]
     return found
+
+
+SWIN_KEYS = {
+    "absolute_pos_embed": {"decay_mult": 0.0},
+    "relative_position_bias_table": {"decay_mult": 0.0},
+    "norm": {"decay_mult": 0.0},
+}
+
+
+def keys_of_mask2former(depths: tuple[int, ...]) -> dict[str, dict[str, float]]:
+    """As its Swin files make them: a key for each norm of the backbone."""
+    slow, plain = {"lr_mult": 0.1, "decay_mult": 0.0}, {"decay_mult": 0.0}
+    blocks = [f"{stage}.blocks.{n}" for stage, depth in enumerate(depths) for n in range(depth)]
+    merges = [f"{stage}.downsample" for stage in range(len(depths) - 1)]
+    return {
+        "backbone": {"lr_mult": 0.1},
+        "backbone.patch_embed.norm": slow,
+        "backbone.norm": slow,
+        "absolute_pos_embed": slow,
+        "relative_position_bias_table": slow,
+        **dict.fromkeys(("query_embed", "query_feat", "level_embed"), plain),
+        **{f"backbone.stages.{each}.norm": slow for each in (*blocks, *merges)},
+    }
+
+
+# Recipes without golden values whose files have keys of their own: paramwise_cfg.
+KEYS: dict[str, tuple[dict[str, dict[str, float]], float | None]] = {
+    "mask2former_swin-t_ade20k_160k": (keys_of_mask2former((2, 2, 6, 2)), 0.0),
+    "mask2former_swin-s_ade20k_160k": (keys_of_mask2former((2, 2, 18, 2)), 0.0),
+    "maskformer_swin-t_upernet_ade20k_160k": (
+        {
+            "backbone": {"lr_mult": 1.0},
+            "relative_position_bias_table": {"decay_mult": 0.0},
+            "query_embed": {"decay_mult": 0.0},
+            "norm": {"decay_mult": 0.0},
+        },
+        0.0,
+    ),
+    "knet-s3_swin-t_upernet_ade20k_80k": (SWIN_KEYS, None),
+    "twins_svt-s_uperhead_ade20k_160k": (
+        {"pos_block": {"decay_mult": 0.0}, "norm": {"decay_mult": 0.0}},
+        None,
+    ),
+    "vit_vit-b16-ln_mln_upernet_ade20k_160k": (
+        {key: {"decay_mult": 0.0} for key in ("pos_embed", "cls_token", "norm")},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(KEYS))
+def test_fewer_rules_make_the_groups_of_the_originals_keys(name, caplog):
+    """On networks whose parameters have the original's names."""
+    config = compose("train", [f"experiment={name}"])
+    with torch.device("meta"):
+        network = build(config.model).network
+    settings: OptimizerSettings = build(config.optimizer)
+    rules, norm_decay_mult = KEYS[name]
+    theirs = dataclasses.replace(settings, rules=rules, norm_decay_mult=norm_decay_mult)
+    ours = as_groups(settings, network)
+    assert caplog.text == ""
+    assert ours == as_groups(theirs, network)
+    assert len(set(ours.values())) > 1
 
 
 @pytest.mark.parametrize("name", sorted(CONTENT))
