@@ -108,11 +108,10 @@ def upernet_resnet(num_classes: int) -> nn.Module:
 
 
 def maskformer(num_classes: int) -> nn.Module:
-    """MaskFormer on ResNet-50."""
+    """MaskFormer on ResNet-50; its loss is that of the last layer, ours of all six."""
     config = transformers.MaskFormerConfig(
         backbone_config=_resnet(),
         decoder_config=transformers.DetrConfig(),
-        use_auxiliary_loss=True,  # as MMSegmentation: a loss of every decoder layer
         num_labels=num_classes,
     )
     return MaskClassification(transformers.MaskFormerForInstanceSegmentation(config))

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Shaped
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from segmill.configuration import Invocation
 from segmill.errors import SegmillError
@@ -60,15 +61,17 @@ def run(config: DictConfig, context: Invocation) -> None:  # noqa: ARG001
 
 
 def _write_onnx(module: nn.Module, image: Tensor, path: Path) -> None:
-    program: Any = torch.onnx.export(
-        module,
-        (image,),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=["image"],
-        output_names=["output"],
-        verbose=False,
-    )
+    # ONNX writes attention out; only the plain implementation has that one's memory layout.
+    with sdpa_kernel(SDPBackend.MATH):
+        program: Any = torch.onnx.export(
+            module,
+            (image,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=["output"],
+            verbose=False,
+        )
     partial = path.with_suffix(".partial")
     program.save(partial, external_data=False)
     partial.replace(path)

@@ -122,7 +122,7 @@ class ObjectAttention(nn.Module):
         self, feature: Float[Tensor, "B D h w"], classes: Float[Tensor, "B D K 1"]
     ) -> Float[Tensor, "B D h w"]:
         query, key, value = (
-            project(source).flatten(2).transpose(1, 2)
+            project(source).flatten(2).transpose(1, 2)[:, None]  # one head: what exporters expect
             for project, source in (
                 (self.query_project, feature),
                 (self.key_project, classes),
@@ -130,7 +130,7 @@ class ObjectAttention(nn.Module):
             )
         )
         answer = F.scaled_dot_product_attention(query, key, value)
-        context = self.out_project(answer.transpose(1, 2).unflatten(2, feature.shape[-2:]))
+        context = self.out_project(answer[:, 0].mT.unflatten(2, feature.shape[-2:]))
         return self.bottleneck(torch.cat([context, feature], dim=1))
 
 
