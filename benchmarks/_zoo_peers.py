@@ -9,6 +9,7 @@ import torchvision
 import transformers
 from torch import Tensor, nn
 
+HF: Any = transformers  # its configurations take their keywords without declaring them
 SEMANTIC = 0.4  # weight of the auxiliary head in transformers' UPerNet and in FCN
 
 
@@ -39,7 +40,7 @@ class UPerNet(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.network = transformers.UperNetForSemanticSegmentation(config)
+        self.network = HF.UperNetForSemanticSegmentation(config)
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits at the image's size."""
@@ -79,8 +80,8 @@ class MaskClassification(nn.Module):
 
 def segformer(num_classes: int) -> nn.Module:
     """SegFormer-B0."""
-    config = transformers.SegformerConfig(num_labels=num_classes)
-    network = transformers.SegformerForSemanticSegmentation(config)
+    config = HF.SegformerConfig(num_labels=num_classes)
+    network = HF.SegformerForSemanticSegmentation(config)
     return Upsampled(network, lambda out: [out.logits])
 
 
@@ -94,14 +95,14 @@ def fcn(num_classes: int) -> nn.Module:
 
 def upernet_swin(num_classes: int) -> nn.Module:
     """UPerNet on Swin-T."""
-    backbone = transformers.SwinConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
-    return UPerNet(transformers.UperNetConfig(backbone_config=backbone, num_labels=num_classes))
+    backbone = HF.SwinConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+    return UPerNet(HF.UperNetConfig(backbone_config=backbone, num_labels=num_classes))
 
 
 def upernet_resnet(num_classes: int) -> nn.Module:
     """UPerNet on ResNet-50 (7 x 7 stem instead of three 3 x 3)."""
     return UPerNet(
-        transformers.UperNetConfig(
+        HF.UperNetConfig(
             backbone_config=_resnet(), auxiliary_in_channels=1024, num_labels=num_classes
         )
     )
@@ -109,22 +110,22 @@ def upernet_resnet(num_classes: int) -> nn.Module:
 
 def maskformer(num_classes: int) -> nn.Module:
     """MaskFormer on ResNet-50; its loss is that of the last layer, ours of all six."""
-    config = transformers.MaskFormerConfig(
+    config = HF.MaskFormerConfig(
         backbone_config=_resnet(),
-        decoder_config=transformers.DetrConfig(),
+        decoder_config=HF.DetrConfig(),
         num_labels=num_classes,
     )
-    return MaskClassification(transformers.MaskFormerForInstanceSegmentation(config))
+    return MaskClassification(HF.MaskFormerForInstanceSegmentation(config))
 
 
 def mask2former(num_classes: int) -> nn.Module:
     """Mask2Former on ResNet-50."""
-    config = transformers.Mask2FormerConfig(backbone_config=_resnet(), num_labels=num_classes)
-    return MaskClassification(transformers.Mask2FormerForUniversalSegmentation(config))
+    config = HF.Mask2FormerConfig(backbone_config=_resnet(), num_labels=num_classes)
+    return MaskClassification(HF.Mask2FormerForUniversalSegmentation(config))
 
 
 def _resnet() -> Any:
-    return transformers.ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+    return HF.ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
 
 
 PEERS: dict[str, dict[str, Callable[[int], nn.Module]]] = {

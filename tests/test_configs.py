@@ -23,6 +23,7 @@ REQUIRED = {
     "predict": ["run=x", "path=y"],
     "data_check": [DATA],
     "corrupt": ["data=scenes_c", "out=x"],
+    "export": ["run=x"],
 }
 OPTIONS = [
     (group, option)

@@ -70,6 +70,7 @@ class SeMaskSwin(nn.Module):
     def forward(self, image: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B _D _h _w"]]:
         tokens, features, class_maps = self.trunk.patch_embed(image), [], []
         for level, stage in enumerate(self.trunk.stages):
+            assert isinstance(stage, swin.Stage)
             classes, tokens = self.semantic_layers[level](stage.attended(tokens))
             normed = self.trunk.get_submodule(f"norm{level}")(tokens)
             features.append(normed.permute(0, 3, 1, 2).contiguous())

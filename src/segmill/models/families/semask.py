@@ -7,6 +7,7 @@ Weights: the authors' semask_*_fpn files through the backbone's key rules; heads
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class SeMaskHead(nn.Module):
         self,
         *,
         in_channels: Sequence[int],
-        head: Callable[..., nn.Module],
+        head: Callable[..., Any],
         prior_weight: float,
         num_classes: int,
     ) -> None:
