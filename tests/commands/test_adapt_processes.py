@@ -8,6 +8,9 @@ import pytest
 
 from tiny_adaptation import adapt_tiny, results_of, start_adapt, write_shapes
 
+# One process starts the others once for all of these tests.
+pytestmark = pytest.mark.xdist_group("adapt_processes")
+
 # Steps for every image and for every window, a frozen guide, chunks, the methods without a guide;
 # several rows, so that weights are put back and others are chosen on sharded models too.
 ROWS = {

@@ -4,6 +4,9 @@ from torch.multiprocessing import spawn
 
 import sharded_methods
 
+# One process starts the others once for all of these tests.
+pytestmark = pytest.mark.xdist_group("sharded_methods")
+
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory) -> list[dict]:

@@ -18,6 +18,9 @@ from tiny_adapt import tiny_model
 from tiny_processes import run_processes
 from tiny_trainer import fit, module_of
 
+# One process starts the others once for all of these tests.
+pytestmark = pytest.mark.xdist_group("sharding")
+
 SETTINGS = AdamW(
     learning_rate=1e-3, weight_decay=0.0, betas=(0.9, 0.999), rules={}, norm_decay_mult=None
 )

@@ -52,6 +52,16 @@ class HasLosses(Protocol):
     ) -> dict[str, Float[Tensor, ""]]: ...
 
 
+class Conv(nn.Sequential):
+    """A convolution alone, under MMSegmentation's name for the one in its ConvModule."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, kernel: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
+        nn.init.xavier_uniform_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]  # it has one by default
+
+
 class ConvBNAct(nn.Sequential):
     """Convolution without bias, BatchNorm, activation (`activate`; None: none).
 

@@ -4,7 +4,6 @@ Follows: MMDetection 3.3 `PixelDecoder` as `ConvPixelDecoder` (MaskFormer) and
          `MSDeformAttnPixelDecoder` as `DeformablePixelDecoder` (Mask2Former).
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -12,9 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from segmill.models.deformable import DeformableAttention, pixel_centres
 from segmill.models.layers import resize
 from segmill.models.query_decoder import FeedForward, initialise_matrices, sine_positions, tokens
-from segmill.ops.deformable_attention import deformable_attention
 
 GROUPS = 32  # of every GroupNorm
 
@@ -132,7 +131,7 @@ class DeformablePixelDecoder(nn.Module):
                 for each, level in zip(maps, self.level_encoding.weight, strict=True)
             ]
         )
-        centres = torch.cat([pixel_centres(*shape, maps[0].device) for shape in shapes])
+        centres = pixel_centres(shapes, maps[0].device)
         pixels = torch.cat([tokens(each) for each in maps], dim=1)
         query = self.encoder(pixels, positions, centres, shapes)
         levels = query.transpose(1, 2).split([height * width for height, width in shapes], dim=2)
@@ -163,7 +162,9 @@ class DeformableLayer(nn.Module):
 
     def __init__(self, width: int, *, heads: int, levels: int, points: int, hidden: int) -> None:
         super().__init__()
-        self.self_attn = DeformableAttention(width, heads=heads, levels=levels, points=points)
+        self.self_attn = DeformableAttention(
+            width, value_width=width, heads=heads, levels=levels, points=points
+        )
         self.ffn = FeedForward(width, hidden, dropout=0.0)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         initialise_matrices(self.ffn, nn.init.xavier_normal_)
@@ -177,60 +178,6 @@ class DeformableLayer(nn.Module):
     ) -> Float[Tensor, "B N D"]:
         attended = self.self_attn(query + positions, query, centres, shapes)
         return self.norms[1](self.ffn(self.norms[0](query + attended)))
-
-
-class DeformableAttention(nn.Module):
-    """Every pixel reads a few points around itself on each level; what it adds to the pixel."""
-
-    def __init__(self, width: int, *, heads: int, levels: int, points: int) -> None:
-        super().__init__()
-        self.heads, self.levels, self.points = heads, levels, points
-        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(width, heads * levels * points)
-        self.value_proj = nn.Linear(width, width)
-        self.output_proj = nn.Linear(width, width)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Each head looks into its own direction, point after point one pixel further."""
-        nn.init.zeros_(self.sampling_offsets.weight)
-        angles = [2 * math.pi * head / self.heads for head in range(self.heads)]
-        offsets = [
-            [math.cos(angle) / _longest(angle) * point, math.sin(angle) / _longest(angle) * point]
-            for angle in angles
-            for _ in range(self.levels)
-            for point in range(1, self.points + 1)
-        ]
-        with torch.no_grad():
-            self.sampling_offsets.bias.copy_(torch.tensor(offsets).flatten())
-        for layer in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.attention_weights.weight)
-        nn.init.zeros_(self.attention_weights.bias)
-
-    def forward(
-        self,
-        query: Float[Tensor, "B N D"],
-        value: Float[Tensor, "B N D"],
-        centres: Float[Tensor, "N 2"],
-        shapes: Sequence[tuple[int, int]],
-    ) -> Float[Tensor, "B N D"]:
-        sizes = (self.heads, self.levels, self.points)
-        values = self.value_proj(value).unflatten(-1, (self.heads, -1))
-        offsets = self.sampling_offsets(query).unflatten(-1, (*sizes, 2))
-        weights = self.attention_weights(query).unflatten(-1, (self.heads, -1)).softmax(-1)
-        pixels = centres.new_tensor([(width, height) for height, width in shapes])[:, None]
-        locations = centres[:, None, None, None] + offsets / pixels
-        weights = weights.unflatten(-1, sizes[1:])
-        return self.output_proj(deformable_attention(values, shapes, locations, weights))
-
-
-def pixel_centres(height: int, width: int, device: torch.device) -> Float[Tensor, "N 2"]:
-    """(x, y) of each pixel, 0..1 from edge to edge, row by row."""
-    y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
-    x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
 
 
 def xavier_caffe2(conv: nn.Conv2d) -> None:
@@ -266,7 +213,3 @@ def _smoothing(channels: int, fills: Sequence[Callable[[nn.Conv2d], None]]) -> n
         ConvGN(channels, channels, kernel=3, bias=False, activate=True, initialise=fill)
         for fill in fills
     )
-
-
-def _longest(angle: float) -> float:
-    return max(abs(math.cos(angle)), abs(math.sin(angle)))

@@ -6,6 +6,9 @@ import torch
 
 from tiny_processes import run_processes
 
+# One process starts the others once for all of these tests.
+pytestmark = pytest.mark.xdist_group("sharded_guides")
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):

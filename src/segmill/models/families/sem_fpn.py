@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segmill.models.layers import ConvBNAct, classifier, resize
+from segmill.models.layers import Conv, ConvBNAct, classifier, resize
 
 
 class FPN(nn.Module):
@@ -36,16 +36,6 @@ class FPN(nn.Module):
             coarser = level + F.interpolate(coarser, level.shape[-2:], mode="nearest")
             levels.insert(0, coarser)
         return [smooth(level) for smooth, level in zip(self.fpn_convs, levels, strict=True)]
-
-
-class Conv(nn.Sequential):
-    """A convolution alone, under MMSegmentation's name for the one in its ConvModule."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, kernel: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
-        nn.init.xavier_uniform_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]  # it has one by default
 
 
 class FPNHead(nn.Module):

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from segmill.models.layers import Conv
+
 
 class MultiLevelNeck(nn.Module):
     """Each map is projected, resized by its factor of `scales` and smoothed; nothing is shared."""
@@ -33,17 +35,6 @@ class MultiLevelNeck(nn.Module):
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, features, strict=True)]
         levels = zip(self.convs, laterals, self.scales, strict=True)
         return [smooth(rescaled(lateral, scale)) for smooth, lateral, scale in levels]
-
-
-class Conv(nn.Sequential):
-    """A convolution alone, under MMSegmentation's name for the one in its ConvModule."""
-
-    # Same as Semantic FPN's.
-    def __init__(self, in_channels: int, out_channels: int, *, kernel: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
-        nn.init.xavier_uniform_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]  # it has one by default
 
 
 def rescaled(feature: Float[Tensor, "B D h w"], scale: float) -> Float[Tensor, "B D _h _w"]:
