@@ -32,6 +32,7 @@ LAYERS: list[tuple[str, int, set[str] | None]] = [
     ("checkpoint.*", 0, PORTABLE_LIBRARIES),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("errors", "files", "metrics", "paths")),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("protocol", "windows")),
+    *((name, 0, PORTABLE_LIBRARIES) for name in ("parameter_rules", "schedules")),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("bootstrap", "tta.results")),
     ("report.*", 1, REPORT_LIBRARIES),
     *((name, 2, TORCH_LIBRARIES) for name in ("ops.*", "losses", "photometric")),

@@ -1,3 +1,4 @@
+import json
 import logging
 import re
 
@@ -13,10 +14,15 @@ from torch.distributed.tensor import DTensor
 import golden
 from segmill.configuration import build
 from segmill.errors import SegmillError
-from segmill.optim import SGD, AdamW, MultiStep, Poly, norm_parameters, parameter_groups
+from segmill.optim import SGD, AdamW, StepSchedule, norm_parameters
+from segmill.parameter_rules import ParameterRules
 from segmill.paths import CONFIGS
+from segmill.schedules import LaggedPoly, MultiStep, Poly
 
 RECIPES = golden.component("optim_sched")
+DFORMER_RATES = json.loads(
+    (golden.FOLDER / "dformer" / "learning_rates.json").read_text(encoding="utf-8")
+)
 POLY = {"power": 0.9, "min_lr": 0.0001, "warmup_steps": 0, "warmup_factor": 1.0}
 LINEAR = {"power": 1.0, "min_lr": 0.0, "warmup_steps": 1500, "warmup_factor": 1e-6}
 # Schedules of specs/zoo.md, "Training recipes".
@@ -83,44 +89,58 @@ def test_every_recipe_has_mmsegmentations_groups(name):
     paramwise = recipe["paramwise_cfg"] or {}
     listed = {group: set(names) for group, (_, names) in recipe["groups"].items()}
     every = sorted(set().union(*listed.values()))
-    groups = parameter_groups(
-        [(each, nn.Parameter(torch.zeros(()))) for each in every],
-        norm_names={each for each in every if NORM.search(each)},
+    rules = ParameterRules(
         learning_rate=recipe["optimizer"]["lr"],
         weight_decay=recipe["optimizer"]["weight_decay"],
         rules=paramwise.get("custom_keys", {}),
         norm_decay_mult=paramwise.get("norm_decay_mult"),
     )
-    ours = {
-        f"lr={group['lr']:g} wd={group['weight_decay']:g}": {name for name, _ in group["params"]}
-        for group in groups
-    }
+    groups = rules.grouped(every, norm_names={each for each in every if NORM.search(each)})
+    ours = {f"lr={lr:g} wd={decay:g}": set(names) for (lr, decay), names in groups.items()}
     assert ours == listed
 
 
 def test_the_longest_rule_decides_alone():
-    (group,) = parameter_groups(
-        [("decode_head.norm.weight", nn.Parameter(torch.zeros(1)))],
-        norm_names=set(),
+    rules = ParameterRules(
         learning_rate=1.0,
         weight_decay=1.0,
         rules={"norm": {"decay_mult": 0.0}, "decode_head": {"lr_mult": 10.0}},
         norm_decay_mult=None,
     )
-    assert (group["lr"], group["weight_decay"]) == (10.0, 1.0)
+    assert rules.rates_of("decode_head.norm.weight", is_norm=True) == (10.0, 1.0)
 
 
-def test_frozen_parameters_are_in_no_group():
-    frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
-    groups = parameter_groups(
-        [("bias", frozen)],
-        norm_names=set(),
-        learning_rate=1.0,
-        weight_decay=0.0,
-        rules={},
-        norm_decay_mult=None,
-    )
-    assert groups == []
+def test_parameters_that_the_module_froze_are_in_no_group():
+    model = Small()
+    model.decode_head.bias.requires_grad_(False)
+    names = {name for group in adamw().groups(model) for name, _ in group["params"]}
+    assert names == {name for name, _ in model.named_parameters()} - {"decode_head.bias"}
+
+
+def test_parameters_that_the_settings_freeze_are_in_no_group_and_need_no_gradient():
+    model = Small()
+    groups = adamw(frozen=[r"backbone\.1\."]).groups(model)
+    frozen = {name for name, each in model.named_parameters() if not each.requires_grad}
+    assert frozen == {"backbone.1.weight", "backbone.1.bias"}
+    assert not frozen & {name for group in groups for name, _ in group["params"]}
+
+
+def test_a_frozen_pattern_that_is_no_regular_expression_is_refused():
+    with pytest.raises(SegmillError, match=r"optimizer\.frozen has '\['"):
+        adamw(frozen=["["])
+
+
+@pytest.mark.parametrize("recipe", sorted(DFORMER_RATES))
+def test_dformers_rates_are_the_officials_one_step_late(recipe):
+    case = DFORMER_RATES[recipe]
+    schedule = LaggedPoly(warmup_steps=case["warmup"], power=0.9)
+    base = 8e-5 if "SUN" in recipe else 6e-5
+    for step, rate in case["values"].items():
+        ours = schedule.rate(base, int(step) + 1, case["total"])
+        assert ours == pytest.approx(rate, rel=1e-12)
+    # The loop sets the rate after the step: the first one has it whole, the second none.
+    assert schedule.rate(base, 0, case["total"]) == base
+    assert schedule.rate(base, 1, case["total"]) == 0.0
 
 
 def test_norm_layers_are_found_by_type():
@@ -153,7 +173,7 @@ def test_the_schedule_moves_every_group_and_ends_at_the_lowest_rate():
     model = Small()
     optimizer = sgd(rules={"head": {"lr_mult": 10.0}}).build(model)
     schedule = Poly(power=1.0, min_lr=0.0, warmup_steps=0, warmup_factor=1.0)
-    stepper = schedule.build(optimizer, max_steps=5)
+    stepper = StepSchedule(optimizer, schedule, max_steps=5)
     seen = []
     for _ in range(5):
         seen.append([group["lr"] for group in optimizer.param_groups])
@@ -168,12 +188,12 @@ def test_a_schedule_goes_on_where_its_state_was_saved():
     schedule = Poly(**{**LINEAR, "warmup_steps": 3})
     model = Small()
     optimizer = sgd().build(model)
-    stepper = schedule.build(optimizer, max_steps=20)
+    stepper = StepSchedule(optimizer, schedule, max_steps=20)
     for _ in range(7):
         step(model, optimizer)
         stepper.step()
     fresh = sgd().build(Small())
-    resumed = schedule.build(fresh, max_steps=20)
+    resumed = StepSchedule(fresh, schedule, max_steps=20)
     resumed.load_state_dict(stepper.state_dict())
     assert fresh.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
     assert resumed.get_last_lr() == stepper.get_last_lr()
@@ -241,7 +261,7 @@ def test_every_optim_file_builds(name):
     model = Small()
     optimizer = build(config.optimizer)
     schedule = build(config.schedule)
-    stepper = schedule.build(optimizer.build(model), max_steps=config.trainer.max_steps)
+    stepper = StepSchedule(optimizer.build(model), schedule, max_steps=config.trainer.max_steps)
     assert stepper.get_last_lr()[0] <= optimizer.learning_rate
     assert config.trainer.max_steps >= config.trainer.val_every
 

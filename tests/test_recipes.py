@@ -18,8 +18,9 @@ import golden
 from segmill.checkpoint.keys import Rule, apply_rules
 from segmill.checkpoint.load import HasKeyRules
 from segmill.configuration import build, compose
-from segmill.optim import OptimizerSettings, ScheduleSettings
+from segmill.optim import OptimizerSettings
 from segmill.paths import CONFIGS
+from segmill.schedules import Schedule
 
 FILES = sorted(
     file
@@ -56,7 +57,7 @@ def test_every_rule_names_a_parameter(recipe, caplog):
 def test_rates_are_the_originals(recipe):
     name, config, _ = recipe
     original = SCHEDULES[name]
-    schedule: ScheduleSettings = build(config.schedule)
+    schedule: Schedule = build(config.schedule)
     steps = config.trainer.max_steps
     assert steps == original["max_iters"]
     for step, rates in original["lr_at_iter_per_base_lr"].items():

@@ -1,13 +1,11 @@
-"""Parameter groups by name, optimizers and learning-rate schedules.
+"""Optimizers of torch, their parameter groups by name, and a schedule at work on one.
 
-Follows MMEngine 0.10.7: `DefaultOptimWrapperConstructor` (paramwise_cfg), LinearLR warm-up, PolyLR
-and MultiStepLR, each counted in optimizer steps. Settings are what a file in configs/optim says;
-`build` makes the torch object.
+Settings are what a file in configs/optim says; `build` makes the torch object. The rules by name
+are in `parameter_rules`, the schedules' formulas in `schedules`: neither needs torch.
 """
 
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,48 +14,27 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from segmill.errors import SegmillError
+from segmill.parameter_rules import ParameterRules
+from segmill.schedules import LaggedPoly, MultiStep, Poly, Schedule
 
-log = logging.getLogger(__name__)
+# The schedules are named here too: the configurations of older runs do so.
+__all__ = [
+    "SGD",
+    "AdamW",
+    "LaggedPoly",
+    "MultiStep",
+    "OptimizerSettings",
+    "Poly",
+    "StepSchedule",
+    "norm_parameters",
+]
 
-MULTIPLIERS = ("lr_mult", "decay_mult")
 NORMS = (
     nn.modules.batchnorm._BatchNorm,
     nn.modules.instancenorm._InstanceNorm,
     nn.GroupNorm,
     nn.LayerNorm,
 )
-
-
-def parameter_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    *,
-    norm_names: Collection[str],
-    learning_rate: float,
-    weight_decay: float,
-    rules: Mapping[str, Mapping[str, float]],
-    norm_decay_mult: float | None,
-) -> list[dict[str, Any]]:
-    """One group for each (learning rate, weight decay) that occurs; `params` are (name, tensor).
-
-    `rules` maps a part of a parameter's name to {lr_mult, decay_mult}. The longest part found
-    decides, alone; among equally long ones the first in the alphabet. `norm_decay_mult` is for
-    the parameters in `norm_names` that no rule names. Frozen parameters are in no group.
-    """
-    ordered = sorted(sorted(rules), key=len, reverse=True)
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in parameters:
-        if not parameter.requires_grad:
-            continue
-        rule = next((rules[part] for part in ordered if part in name), None)
-        if rule is None and norm_decay_mult is not None and name in norm_names:
-            rule = {"decay_mult": norm_decay_mult}
-        rule = rule or {}
-        lr = learning_rate * rule.get("lr_mult", 1.0)
-        decay = weight_decay * rule.get("decay_mult", 1.0)
-        group = groups.setdefault((lr, decay), {"params": [], "lr": lr, "weight_decay": decay})
-        group["params"].append((name, parameter))
-    return list(groups.values())
 
 
 def norm_parameters(module: nn.Module) -> set[str]:
@@ -71,40 +48,30 @@ def norm_parameters(module: nn.Module) -> set[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerSettings(ABC):
-    """What every optimizer needs; `rules` are explained at `parameter_groups`."""
-
-    learning_rate: float
-    weight_decay: float
-    rules: Mapping[str, Mapping[str, float]]
-    norm_decay_mult: float | None  # null = as any other parameter
-
-    def __post_init__(self) -> None:
-        for part, rule in self.rules.items():
-            if unknown := set(rule) - set(MULTIPLIERS):
-                raise SegmillError(
-                    f"optimizer.rules.{part} has {sorted(unknown)}; "
-                    f"a rule may say {' and '.join(MULTIPLIERS)}."
-                )
+class OptimizerSettings(ParameterRules, ABC):
+    """What every optimizer of torch has in common."""
 
     def groups(self, module: nn.Module) -> list[dict[str, Any]]:
-        """Parameter groups of `module`; a rule that names none of its parameters is reported."""
-        names = [name for name, _ in module.named_parameters()]
-        for part in self.rules:
-            if not any(part in name for name in names):
-                log.warning(
-                    "optimizer.rules.%s has no effect: no parameter of %s has this in its name.",
-                    part,
-                    type(module).__name__,
-                )
-        return parameter_groups(
-            module.named_parameters(),
-            norm_names=norm_parameters(module),
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            rules=self.rules,
-            norm_decay_mult=self.norm_decay_mult,
-        )
+        """One group for each (learning rate, weight decay) that occurs; `params`: (name, tensor).
+
+        What is frozen, by the module or by these settings, is in none and has no gradient. A rule
+        that names no parameter is reported.
+        """
+        parameters = dict(module.named_parameters())
+        self.warn_of_unused(parameters, network=type(module).__name__)
+        for name, parameter in parameters.items():
+            if self.is_frozen(name):
+                parameter.requires_grad_(False)
+        updated = [name for name, parameter in parameters.items() if parameter.requires_grad]
+        groups = self.grouped(updated, norm_names=norm_parameters(module))
+        return [
+            {
+                "params": [(name, parameters[name]) for name in names],
+                "lr": lr,
+                "weight_decay": weight_decay,
+            }
+            for (lr, weight_decay), names in groups.items()
+        ]
 
     @abstractmethod
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
@@ -151,62 +118,11 @@ def _scaled_outside(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScheduleSettings(ABC):
-    """Linear warm-up from `warmup_factor` of the rate, then what the subclass says."""
-
-    warmup_steps: int
-    warmup_factor: float
-
-    def rate(self, base: float, step: int, max_steps: int) -> float:
-        """Learning rate of optimizer step `step` (from 0) of a group whose own rate is `base`."""
-        if step < self.warmup_steps:
-            done = step / max(self.warmup_steps - 1, 1)
-            return base * (self.warmup_factor + (1 - self.warmup_factor) * done)
-        return self.after_warmup(base, step - self.warmup_steps, max_steps - self.warmup_steps)
-
-    @abstractmethod
-    def after_warmup(self, base: float, step: int, steps: int) -> float:
-        """Rate of step `step` of the `steps` that follow the warm-up."""
-
-    def build(self, optimizer: torch.optim.Optimizer, *, max_steps: int) -> "StepSchedule":
-        """Attach the schedule; call `step()` after every optimizer step."""
-        return StepSchedule(optimizer, self, max_steps=max_steps)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Poly(ScheduleSettings):
-    """(1 - progress) ** power from the group's rate down to `min_lr` at the last step.
-
-    `min_lr` is absolute and the same for every group, whatever its lr_mult.
-    """
-
-    power: float
-    min_lr: float
-
-    def after_warmup(self, base: float, step: int, steps: int) -> float:
-        """Reach `min_lr` with the last step itself, not one later."""
-        left = max(1 - step / max(steps - 1, 1), 0.0)
-        return (base - self.min_lr) * left**self.power + self.min_lr
-
-
-@dataclass(frozen=True, kw_only=True)
-class MultiStep(ScheduleSettings):
-    """Multiply the rate by `gamma` at each of `milestones`, counted from the warm-up's end."""
-
-    milestones: Sequence[int]
-    gamma: float
-
-    def after_warmup(self, base: float, step: int, steps: int) -> float:  # noqa: ARG002
-        """As often as milestones have been reached."""
-        return base * self.gamma ** sum(step >= milestone for milestone in self.milestones)
-
-
 class StepSchedule(LRScheduler):
     """A schedule at work on an optimizer. Its state is the number of steps taken."""
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, settings: ScheduleSettings, *, max_steps: int
+        self, optimizer: torch.optim.Optimizer, settings: Schedule, *, max_steps: int
     ) -> None:
         self.settings, self.max_steps = settings, max_steps
         super().__init__(optimizer)

@@ -21,9 +21,10 @@ from segmill.evaluation import ConfusionMetric, predict_batch
 from segmill.evidence import write_evidence
 from segmill.metrics import scores
 from segmill.models.discriminative import Discriminative
-from segmill.optim import OptimizerSettings, ScheduleSettings
+from segmill.optim import OptimizerSettings, StepSchedule
 from segmill.photometric import photometric_distortion
 from segmill.protocol import Protocol
+from segmill.schedules import Schedule
 
 # The other scalars of metrics.json say the same in other words (mRecall is mAcc).
 LOGGED = ("mIoU", "mAcc", "aAcc", "FWIoU", "mDice")
@@ -37,7 +38,7 @@ class SegmentationModule(lightning.LightningModule):
         *,
         model: Discriminative,
         optimizer: OptimizerSettings,
-        schedule: ScheduleSettings,
+        schedule: Schedule,
         protocol: Protocol,
         class_names: tuple[str, ...],
         max_steps: int,
@@ -91,7 +92,7 @@ class SegmentationModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """Parameter groups by rule, and a schedule that moves every step."""
         optimizer = self.optimizer_settings.build(self.model.network)
-        scheduler = self.schedule_settings.build(optimizer, max_steps=self.max_steps)
+        scheduler = StepSchedule(optimizer, self.schedule_settings, max_steps=self.max_steps)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},

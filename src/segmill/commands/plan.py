@@ -62,10 +62,9 @@ def _rates(parts: Parts) -> dict[int, float]:
     last = parts.settings.max_steps
     module = parts.module
     optimizer = module.optimizer_settings.build(module.model.network)
-    scheduler = module.schedule_settings.build(optimizer, max_steps=last)
-    base = optimizer.param_groups[0]["initial_lr"]
+    base = float(optimizer.param_groups[0]["lr"])
     steps = sorted({0, last // 4, last // 2, 3 * last // 4, max(last - 1, 0)})
-    return {step: scheduler.rate(base, step) for step in steps}
+    return {step: module.schedule_settings.rate(base, step, last) for step in steps}
 
 
 def _one_step(parts: Parts) -> str:
