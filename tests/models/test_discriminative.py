@@ -81,6 +81,25 @@ def test_depth_has_statistics_of_its_own():
     assert model(image)[0, 3, 0, 0].item() == pytest.approx((1 - 0.48) / 0.28)
 
 
+def test_a_network_that_expects_blue_first_gets_it_under_the_statistics_as_they_stand():
+    four = {"mean": [0.1, 0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7, 0.8]}
+    model = Discriminative(network=Echo(), **four, channel_order="bgr")
+    image = torch.tensor([10.0, 20.0, 30.0, 40.0]).view(1, 4, 1, 1)  # red, green, blue, depth
+    expected = [(30 / 255 - 0.1) / 0.5, (20 / 255 - 0.2) / 0.6, (10 / 255 - 0.3) / 0.7]
+    expected.append((40 / 255 - 0.4) / 0.8)
+    assert model(image).flatten().tolist() == pytest.approx(expected)
+    assert model(image.byte()).flatten().tolist() == pytest.approx(expected)
+    assert image.flatten().tolist() == [10, 20, 30, 40]
+
+
+def test_blue_first_needs_no_depth_and_keeps_padding_at_zero():
+    image = rgb_inputs()[0][None]
+    rgb = Discriminative(network=Echo(), **IMAGENET)
+    bgr = Discriminative(network=Echo(), **IMAGENET, channel_order="bgr")
+    valid = torch.tensor([[30, 40]])
+    assert torch.equal(bgr.normalise(image, valid), rgb.normalise(image.flip(1), valid))
+
+
 def test_losses_see_the_normalised_image_and_an_integer_label():
     model = Discriminative(network=Echo(), **IMAGENET)
     image, label = rgb_inputs()[0][None], torch.zeros(1, 70, 90, dtype=torch.uint8)

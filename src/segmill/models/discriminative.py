@@ -5,6 +5,7 @@ Normalisation happens here, on the device, so that images travel as bytes. Weigh
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, Int64, UInt8
@@ -16,13 +17,22 @@ from segmill.errors import SegmillError
 class Discriminative(nn.Module):
     """A network and the statistics of its input.
 
-    `mean` and `std` are those of pixels in 0..1, one for each channel (the fourth is depth).
+    `mean` and `std` are those of pixels in 0..1, one for each channel (the fourth is depth), in the
+    network's order. Images are RGB everywhere else; a network whose weights expect blue first has
+    `channel_order` bgr.
     """
 
     mean: Float[Tensor, "C 1 1"]  # of pixels in 0..255
     std: Float[Tensor, "C 1 1"]
 
-    def __init__(self, *, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        *,
+        network: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        channel_order: Literal["rgb", "bgr"] = "rgb",
+    ) -> None:
         super().__init__()
         if len(mean) != len(std) or min(std) <= 0:
             raise SegmillError(
@@ -30,6 +40,7 @@ class Discriminative(nn.Module):
                 "one of each for every channel, std above 0."
             )
         self.network = network
+        self.channel_order = channel_order
         for name, values in (("mean", mean), ("std", std)):
             scaled = torch.tensor([255 * value for value in values]).view(-1, 1, 1)
             self.register_buffer(name, scaled, persistent=False)
@@ -39,7 +50,7 @@ class Discriminative(nn.Module):
         image: UInt8[Tensor, "B C H W"] | Float[Tensor, "B C H W"],
         valid: Int64[Tensor, "B 2"] | None = None,
     ) -> Float[Tensor, "B C H W"]:
-        """Map pixels of 0..255 to mean 0, std 1. Below and right of `valid` it is 0 afterwards.
+        """Map RGB of 0..255 to mean 0, std 1, in `channel_order`. It is 0 beyond `valid`.
 
         `valid` is the (height, width) that each image really covers; padding is no black border
         but the mean colour, as in MMSegmentation.
@@ -50,6 +61,8 @@ class Discriminative(nn.Module):
                 f"{len(self.mean)}. Choose a model for data.channels={image.shape[1]} (4 = RGB "
                 "and depth), or set model.mean and model.std."
             )
+        if self.channel_order == "bgr":
+            image = torch.cat([image[:, :3].flip(1), image[:, 3:]], dim=1)
         normal = (image.float() - self.mean) / self.std
         if valid is None:
             return normal
