@@ -74,10 +74,9 @@ class ParameterRules:
 
     def warn_of_unused(self, names: Collection[str], *, network: str) -> None:
         """Say which rules and frozen patterns name no parameter of the network."""
-        unused = [f"rules.{part}" for part in self.rules if not any(part in name for name in names)]
-        for pattern in self.frozen:
-            if not any(re.search(pattern, name) for name in names):
-                unused.append(f"frozen {pattern}")
+        found = "\n".join(names)
+        unused = [f"rules.{part}" for part in self.rules if part not in found]
+        unused += [f"frozen {each}" for each in self.frozen if not re.search(each, found, re.M)]
         for each in unused:
             log.warning(
                 "optimizer.%s has no effect: no parameter of %s has this in its name.",

@@ -76,7 +76,7 @@ def test_training_batches_are_contiguous_uint8_channels_first(root: Path):
     assert batch["valid"].dtype == torch.int64
     assert batch["jitter"].shape == (4, 5)
     assert len(batch["name"]) == 4
-    for image, label, (height, width) in zip(
+    for image, label, (_, _, height, width) in zip(
         batch["image"], batch["label"], batch["valid"], strict=True
     ):
         assert (label[:height, :width] < 3).all()
@@ -173,3 +173,25 @@ def test_training_without_labels_is_refused(root: Path):
 def test_absent_test_split_is_said(root: Path):
     with pytest.raises(DataError, match=r"data\.test_split is null"):
         make_data(root).test_dataloader()
+
+
+def test_a_tiled_epoch_holds_every_sample_and_a_remainder_that_stays(root: Path):
+    # 5 samples in batches of 4: two batches an epoch, three samples twice.
+    data = make_data(root, batch_size=4, tiled_epochs=True)
+    stream = data.stream()
+    epochs = [sorted(stream.index(8 * epoch + place) for place in range(8)) for epoch in range(3)]
+    assert set(epochs[0]) == set(range(5))
+    assert len(epochs[0]) == 8
+    assert epochs[0] == epochs[1] == epochs[2]
+    orders = [[stream.index(8 * epoch + place) for place in range(8)] for epoch in range(3)]
+    assert orders[0] != orders[1]
+
+
+def test_keys_that_a_transform_replaces_must_be_null(root: Path):
+    with pytest.raises(DataError, match=r"data.transform .* data.scale=.* would have no effect"):
+        make_data(root, transform=lambda sample, _rng: sample)
+
+
+def test_without_a_transform_the_pipelines_keys_are_needed(root: Path):
+    with pytest.raises(DataError, match=r"data.flip is null"):
+        make_data(root, flip=None)

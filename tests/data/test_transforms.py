@@ -115,7 +115,7 @@ def test_crop_first_equals_resize_then_crop(size, crop, ratio, channels, seed):
     # Bilinear weights: float32 in the warp, 11 bits in OpenCV's resize, each rounded once.
     assert np.abs(ours.image.astype(int) - image).max() <= 1
     # Padding is exact: it is what normalisation must leave at zero.
-    height, width = ours.valid
+    _, _, height, width = ours.valid
     assert not ours.image[height:].any()
     assert not ours.image[:, width:].any()
     assert (ours.label[height:] == 255).all()

@@ -53,7 +53,7 @@ def test_training_crops_are_zero_beyond_what_the_image_covers():
     batch = torch.zeros(2, 3, 128, 128, dtype=torch.uint8)
     for crop, image in zip(batch, images, strict=True):
         crop[:, : image.shape[1], : image.shape[2]] = image
-    valid = torch.tensor([image.shape[1:] for image in images])
+    valid = torch.tensor([(0, 0, *image.shape[1:]) for image in images])
     normal = model.normalise(batch, valid)
     check(normal, "train_size128")
     assert (normal[0, :, 70:] == 0).all()
@@ -69,7 +69,7 @@ def test_bytes_and_floats_of_the_same_pixels_are_one_image():
 def test_the_input_is_left_as_it_was():
     model = Discriminative(network=Echo(), **IMAGENET)
     image = torch.full((1, 3, 4, 4), 100.0)
-    model.normalise(image, torch.tensor([[2, 2]]))
+    model.normalise(image, torch.tensor([[0, 0, 2, 2]]))
     assert (image == 100).all()
 
 
@@ -96,14 +96,14 @@ def test_blue_first_needs_no_depth_and_keeps_padding_at_zero():
     image = rgb_inputs()[0][None]
     rgb = Discriminative(network=Echo(), **IMAGENET)
     bgr = Discriminative(network=Echo(), **IMAGENET, channel_order="bgr")
-    valid = torch.tensor([[30, 40]])
+    valid = torch.tensor([[2, 5, 30, 40]])
     assert torch.equal(bgr.normalise(image, valid), rgb.normalise(image.flip(1), valid))
 
 
 def test_losses_see_the_normalised_image_and_an_integer_label():
     model = Discriminative(network=Echo(), **IMAGENET)
     image, label = rgb_inputs()[0][None], torch.zeros(1, 70, 90, dtype=torch.uint8)
-    terms = model.losses(image, label, torch.tensor([[70, 90]]))
+    terms = model.losses(image, label, torch.tensor([[0, 0, 70, 90]]))
     assert terms["decode.loss_ce"].item() == pytest.approx(model(image).mean().item())
 
 

@@ -7,13 +7,14 @@ processes changes a sample, and a run continues anywhere.
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
 from segmill.data.folder import FolderDataset
 from segmill.data.sample import Sample
-from segmill.data.transforms import TrainSample, TrainTransform
+from segmill.data.transforms import TrainSample
 
 
 class InMemory:
@@ -37,18 +38,40 @@ class InMemory:
 Samples = FolderDataset | InMemory
 
 
-class TrainStream:
-    """Sample at a position of the stream: shuffled anew in every epoch, augmented."""
+@runtime_checkable
+class Transform(Protocol):
+    """A training transform; every draw comes from `rng`, so that a position means one sample."""
 
-    def __init__(self, samples: Samples, transform: TrainTransform, *, seed: int) -> None:
+    def __call__(self, sample: Sample, rng: np.random.RandomState) -> TrainSample: ...
+
+
+class TrainStream:
+    """Sample at a position of the stream: shuffled anew in every epoch, augmented.
+
+    An epoch of more samples than there are (`epoch_length`) repeats the whole list as often as it
+    fits and fills up with samples that are drawn once, for all epochs (DFormer's tiled epochs).
+    """
+
+    def __init__(
+        self, samples: Samples, transform: Transform, *, seed: int, epoch_length: int | None = None
+    ) -> None:
         self._samples, self._transform, self._seed = samples, transform, seed
+        self._length = len(samples) if epoch_length is None else epoch_length
         self._rng = np.random.RandomState()  # seeded for every sample; making one takes longer
 
     def __getitem__(self, position: int) -> TrainSample:
         """Decode and transform; the draws belong to the position, not to the worker."""
-        sample = self._samples[shuffled(position, len(self._samples), self._seed)]
+        sample = self._samples[self.index(position)]
         self._rng.seed([self._seed, 0, position])
         return self._transform(sample, self._rng)
+
+    def index(self, position: int) -> int:
+        """Which sample stands at a position of the stream."""
+        count = len(self._samples)
+        place = shuffled(position, self._length, self._seed)
+        if place < self._length - self._length % count:
+            return place % count
+        return int(_remainder(count, self._seed)[place % count])
 
 
 class StepBatches:
@@ -110,3 +133,8 @@ def shuffled(position: int, length: int, seed: int) -> int:
 @lru_cache(maxsize=4)
 def _permutation(length: int, seed: int, epoch: int) -> Int[np.ndarray, " N"]:
     return np.random.RandomState([seed, 1, epoch]).permutation(length)
+
+
+@lru_cache(maxsize=4)
+def _remainder(length: int, seed: int) -> Int[np.ndarray, " N"]:
+    return np.random.RandomState([seed, 2]).permutation(length)

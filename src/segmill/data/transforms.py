@@ -30,11 +30,14 @@ _WARP_COST = 5
 
 @dataclass(frozen=True)
 class TrainSample:
-    """One cropped sample as it travels to the device. `valid` is the (height, width) not padded."""
+    """One cropped sample as it travels to the device.
+
+    `valid` is what the image covers, (top, left, bottom, right); the rest is padding.
+    """
 
     image: UInt8[np.ndarray, "h w C"]
     label: UInt8[np.ndarray, "h w"]
-    valid: tuple[int, int]
+    valid: tuple[int, int, int, int]
     jitter: Float32[np.ndarray, " J"]
     name: str
 
@@ -86,7 +89,8 @@ class TrainTransform:
         if draw_flip(self.flip, rng):
             image, part = cv2.flip(image, 1), cv2.flip(part, 1)
         jitter = draw_jitter(rng) if self.photometric else NO_JITTER
-        return TrainSample(pad(image, self.crop), pad(part, self.crop), valid, jitter, sample.name)
+        box = (0, 0, *valid)
+        return TrainSample(pad(image, self.crop), pad(part, self.crop), box, jitter, sample.name)
 
     def _drawn_scale(self, height: int, width: int, rng: np.random.RandomState) -> tuple[int, int]:
         if self.ratio is not None:

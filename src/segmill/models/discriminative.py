@@ -48,11 +48,11 @@ class Discriminative(nn.Module):
     def normalise(
         self,
         image: UInt8[Tensor, "B C H W"] | Float[Tensor, "B C H W"],
-        valid: Int64[Tensor, "B 2"] | None = None,
+        valid: Int64[Tensor, "B 4"] | None = None,
     ) -> Float[Tensor, "B C H W"]:
-        """Map RGB of 0..255 to mean 0, std 1, in `channel_order`. It is 0 beyond `valid`.
+        """Map RGB of 0..255 to mean 0, std 1, in `channel_order`. It is 0 outside of `valid`.
 
-        `valid` is the (height, width) that each image really covers; padding is no black border
+        `valid` is the (top, left, bottom, right) that each image covers; padding is no black border
         but the mean colour, as in MMSegmentation.
         """
         if image.shape[1] != len(self.mean):
@@ -68,8 +68,8 @@ class Discriminative(nn.Module):
             return normal
         rows = torch.arange(image.shape[2], device=image.device)[:, None]
         columns = torch.arange(image.shape[3], device=image.device)
-        height, width = valid.view(-1, 1, 1, 2).unbind(dim=-1)
-        inside = (rows < height) & (columns < width)
+        top, left, bottom, right = valid.view(-1, 1, 1, 4).unbind(dim=-1)
+        inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
         return normal.masked_fill_(~inside[:, None], 0.0)
 
     def forward(
@@ -82,7 +82,7 @@ class Discriminative(nn.Module):
         self,
         image: UInt8[Tensor, "B C H W"] | Float[Tensor, "B C H W"],
         label: Int[Tensor, "B H W"] | UInt8[Tensor, "B H W"],
-        valid: Int64[Tensor, "B 2"] | None = None,
+        valid: Int64[Tensor, "B 4"] | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
         """The network's loss terms; their sum is the training loss."""
         losses = self.network.losses
