@@ -7,6 +7,7 @@ Follows: the official code. Its training never updates `norm` and `norm_e` of th
 Weights: the official files, pretrained and trained: checkpoint/dformer_keys.py.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -241,7 +242,7 @@ def _downsampling(in_channels: int, widths: Sequence[int]) -> nn.ModuleList:
         _strided(first // 2, first),
         nn.BatchNorm2d(first),
     )
-    between = zip(widths[:-1], widths[1:], strict=True)
+    between = itertools.pairwise(widths)
     return nn.ModuleList(
         [stem, *(nn.Sequential(nn.BatchNorm2d(a), _strided(a, b)) for a, b in between)]
     )
