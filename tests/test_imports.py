@@ -31,7 +31,7 @@ LAYERS: list[tuple[str, int, set[str] | None]] = [
     ("data.*", 0, PORTABLE_LIBRARIES),
     ("checkpoint.*", 0, PORTABLE_LIBRARIES),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("errors", "files", "metrics", "paths")),
-    *((name, 0, PORTABLE_LIBRARIES) for name in ("protocol", "windows")),
+    *((name, 0, PORTABLE_LIBRARIES) for name in ("protocol", "views", "windows")),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("parameter_rules", "schedules")),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("bootstrap", "tta.results")),
     ("report.*", 1, REPORT_LIBRARIES),

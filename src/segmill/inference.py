@@ -7,13 +7,16 @@ and mirror images average softmax probabilities, both at the size the reference 
 Every step before the softmax treats the classes independently, so a label map is made a few
 classes at a time: the (K, H, W) logits at full size never exist, and each number is the
 reference's to the last bit.
+
+DFormer's chain (`protocol.follows`) differs in who resizes the image: here, after normalisation,
+for every ratio by the plan of segmill.views, with align_corners=True there and back. Its single
+view is judged by logits too: their argmax is that of the softmax, but for ties by rounding.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from types import EllipsisType
 
 import torch
@@ -21,9 +24,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from segmill.errors import SegmillError
 from segmill.ops.upsample_argmax import upsample_argmax
 from segmill.protocol import Protocol
-from segmill.windows import window_starts
+from segmill.views import View, window_corners
 
 Network = Callable[[Tensor], Tensor]
 
@@ -39,15 +43,16 @@ def predict_logits(
     size: tuple[int, int],
     protocol: Protocol,
 ) -> Float[Tensor, "1 K H W"]:
-    """Logits at `size`; mean probabilities when the protocol has several scales or mirrors."""
+    """Logits at `size`; mean probabilities when the protocol has several scales or mirrors.
+
+    `images` are those of `Protocol.inputs`, normalised.
+    """
+    target = _target(images, size, protocol)
     if not protocol.averages_probabilities:
-        (view,) = _views(network, images[0], protocol)
-        return view.logits(slice(None), size)
-    views = (view for image in images for view in _views(network, image, protocol))
-    total = next(views).logits(slice(None), size).softmax(dim=1)
-    for view in views:
-        total += view.logits(slice(None), size).softmax(dim=1)
-    return total.div_(len(images) * (2 if protocol.flip else 1))
+        (view,) = _all_views(network, images, protocol)
+        return _cut(view.logits(slice(None), target), size)
+    total, count = _summed_prob(network, images, target, protocol)
+    return _cut(total.div_(count), size)
 
 
 def predict_label(
@@ -57,15 +62,14 @@ def predict_label(
     protocol: Protocol,
 ) -> Integer[Tensor, "1 H W"]:
     """Classes at `size`: uint8, or int64 for more than 256 classes."""
+    target = _target(images, size, protocol)
     if protocol.averages_probabilities:
-        prob = predict_logits(network, images, size, protocol)
-        return prob.argmax(dim=1).to(_label_dtype(prob.shape[1]))
-    (view,) = _views(network, images[0], protocol)
-    if view.is_one_resize(size):
-        (logits,) = view.tiles
-        label = upsample_argmax(logits, size, align_corners=view.align_corners)
-        return label.to(_label_dtype(logits.shape[1]))
-    return view.label(size)
+        prob, count = _summed_prob(network, images, target, protocol)
+        if protocol.follows == "mmseg":  # DFormer takes the argmax of the sum
+            prob.div_(count)
+        return _cut(prob.argmax(dim=1).to(_label_dtype(prob.shape[1])), size)
+    (view,) = _all_views(network, images, protocol)
+    return _cut(_label_of_view(view, target), size)
 
 
 def label_of_logits(
@@ -75,19 +79,23 @@ def label_of_logits(
     protocol: Protocol,
 ) -> Integer[Tensor, "1 H W"]:
     """Classes at `size` of an image that was `content` large when the network saw it, whole."""
+    if protocol.resizes_on_device:
+        raise SegmillError(
+            f"protocol={protocol.name} resizes the image after normalisation, and these logits are "
+            "of an image that was not: protocol.multiple=null protocol.ratios=[1.0] leaves its "
+            "size, as does protocol=nyu_ss."
+        )
     view = _View(
-        [logits],
+        [logits.float()],
         [(0, 0)],
         content,
         content,
         content,
         mirrored=False,
         align_corners=protocol.align_corners,
+        back_align_corners=protocol.align_corners,
     )
-    if view.is_one_resize(size):
-        label = upsample_argmax(logits.float(), size, align_corners=protocol.align_corners)
-        return label.to(_label_dtype(logits.shape[1]))
-    return view.label(size)
+    return _cut(_label_of_view(view, content if protocol.follows == "dformer" else size), size)
 
 
 def slide_logits(
@@ -102,8 +110,17 @@ def slide_logits(
     """Logits at the image's size: the mean over the windows that cover a pixel."""
     size = image.shape[-2], image.shape[-1]
     window = min(window[0], size[0]), min(window[1], size[1])
-    corners, tiles = _run_windows(network, image, window, stride, batch)
-    view = _View(tiles, corners, window, size, size, mirrored=False, align_corners=align_corners)
+    corners = window_corners(size, window, (stride[0], stride[1]))
+    view = _View(
+        _run_windows(network, image, corners, window, batch),
+        corners,
+        window,
+        size,
+        size,
+        mirrored=False,
+        align_corners=align_corners,
+        back_align_corners=align_corners,
+    )
     return view.logits(slice(None), size)
 
 
@@ -117,7 +134,8 @@ class _View:
     padded: tuple[int, int]  # the network's input
     content: tuple[int, int]  # of which the image covers the top left
     mirrored: bool
-    align_corners: bool
+    align_corners: bool  # from the tiles to their windows
+    back_align_corners: bool  # from the network's input to the original image
 
     def is_one_resize(self, size: tuple[int, int]) -> bool:
         return len(self.tiles) == 1 and self.padded == self.content == size and not self.mirrored
@@ -130,7 +148,7 @@ class _View:
             content=self.content,
             mirrored=self.mirrored,
             size=size,
-            align_corners=self.align_corners,
+            align_corners=self.back_align_corners,
         )
 
     def label(self, size: tuple[int, int]) -> Integer[Tensor, "1 H W"]:
@@ -204,50 +222,141 @@ def to_original(
     return _resize(logits, size, align_corners)
 
 
+def _label_of_view(view: _View, size: tuple[int, int]) -> Integer[Tensor, "1 H W"]:
+    if not view.is_one_resize(size):
+        return view.label(size)
+    (logits,) = view.tiles
+    label = upsample_argmax(logits, size, align_corners=view.align_corners)
+    return label.to(_label_dtype(logits.shape[1]))
+
+
+def _summed_prob(
+    network: Network,
+    images: Sequence[Float[Tensor, "1 C _h _w"]],
+    size: tuple[int, int],
+    protocol: Protocol,
+) -> tuple[Float[Tensor, "1 K H W"], int]:
+    """The sum of all views' probabilities, and how many views there are."""
+    views = _all_views(network, images, protocol)
+    total, count = next(views).logits(slice(None), size).softmax(dim=1), 1
+    for view in views:
+        total += view.logits(slice(None), size).softmax(dim=1)
+        count += 1
+    return total, count
+
+
+def _target(
+    images: Sequence[Float[Tensor, "1 C _h _w"]], size: tuple[int, int], protocol: Protocol
+) -> tuple[int, int]:
+    """The size that logits are resized to: DFormer's padding is removed only after the argmax."""
+    if protocol.follows == "mmseg":
+        return size
+    (image,) = images
+    return image.shape[-2], image.shape[-1]
+
+
+def _cut(at_target: Tensor, size: tuple[int, int]) -> Tensor:
+    return at_target[..., : size[0], : size[1]]
+
+
+def _all_views(
+    network: Network, images: Sequence[Float[Tensor, "1 C _h _w"]], protocol: Protocol
+) -> Iterator[_View]:
+    """One at a time, so that the next one runs when this one's memory is free again."""
+    if protocol.follows == "mmseg":
+        for image in images:
+            yield from _views(network, image, protocol)
+        return
+    (image,) = images
+    for plan in protocol.views((image.shape[-2], image.shape[-1])):
+        yield from _planned_views(network, image, plan, flip=protocol.flip)
+
+
 def _views(network: Network, image: Float[Tensor, "1 C h w"], protocol: Protocol) -> list[_View]:
     """Run the network on one scale: the image, and its mirror image in the same batch."""
     content = image.shape[-2], image.shape[-1]
-    if protocol.flip:
-        image = torch.cat([image, image.flip(dims=(3,))])
-    image = _padded(image, protocol.pad_divisor)
+    image = _padded(_with_mirror(image) if protocol.flip else image, protocol.pad_divisor)
     padded = window = image.shape[-2], image.shape[-1]
+    corners = [(0, 0)]
     if protocol.window is not None and protocol.stride is not None and protocol.mode == "slide":
         window = min(protocol.window[0], padded[0]), min(protocol.window[1], padded[1])
-        corners, tiles = _run_windows(network, image, window, protocol.stride, WINDOWS_PER_BATCH)
-    else:
-        corners, tiles = [(0, 0)], [network(image)]
+        corners = window_corners(padded, window, (protocol.stride[0], protocol.stride[1]))
+    return _run_views(
+        network,
+        image,
+        corners,
+        window,
+        content=content,
+        align_corners=protocol.align_corners,
+        back_align_corners=protocol.align_corners,
+    )
+
+
+def _planned_views(
+    network: Network, image: Float[Tensor, "1 C h w"], plan: View, *, flip: bool
+) -> list[_View]:
+    """The same by a plan of DFormer's chain: resized, mirrored, stretched to the window."""
+    image = _resize(image, plan.size, align_corners=True)
+    image = _resize(_with_mirror(image) if flip else image, plan.canvas, align_corners=True)
+    return _run_views(
+        network,
+        image,
+        plan.corners,
+        plan.window,
+        content=plan.canvas,
+        align_corners=False,
+        back_align_corners=True,
+    )
+
+
+def _run_views(
+    network: Network,
+    image: Float[Tensor, "B C H W"],
+    corners: Sequence[tuple[int, int]],
+    window: tuple[int, int],
+    *,
+    content: tuple[int, int],
+    align_corners: bool,
+    back_align_corners: bool,
+) -> list[_View]:
+    """Run the network: a view of the image, and one of its mirror image if there is one."""
+    tiles = _run_windows(network, image, corners, window, WINDOWS_PER_BATCH)
     return [
         _View(
             [tile[index : index + 1] for tile in tiles],
             corners,
             window,
-            padded,
+            (image.shape[-2], image.shape[-1]),
             content,
-            index == 1,
-            protocol.align_corners,
+            mirrored=index == 1,
+            align_corners=align_corners,
+            back_align_corners=back_align_corners,
         )
         for index in range(len(image))
     ]
 
 
+def _with_mirror(image: Float[Tensor, "1 C h w"]) -> Float[Tensor, "2 C h w"]:
+    return torch.cat([image, image.flip(dims=(3,))])
+
+
 def _run_windows(
     network: Network,
     image: Float[Tensor, "B C H W"],
+    corners: Sequence[tuple[int, int]],
     window: tuple[int, int],
-    stride: Sequence[int],
     batch: int,
-) -> tuple[list[tuple[int, int]], list[Float[Tensor, "B K h w"]]]:
-    """Top left corners of the windows, row by row, and the network's logits on each."""
+) -> list[Float[Tensor, "B K h w"]]:
+    """The network's logits on each window."""
     images, (height, width) = len(image), window
-    tops = window_starts(image.shape[-2], height, stride[0]).tolist()
-    lefts = window_starts(image.shape[-1], width, stride[1]).tolist()
-    corners = list(product(tops, lefts))
+    if len(corners) == 1:
+        return [network(image)]
     tiles: list[Tensor] = []
     for start in range(0, len(corners), batch):
         part = corners[start : start + batch]
         windows = torch.cat([image[..., y : y + height, x : x + width] for y, x in part])
         tiles.extend(network(windows).split(images))
-    return corners, tiles
+    return tiles
 
 
 def _padded(image: Float[Tensor, "B C h w"], divisor: int | None) -> Float[Tensor, "B C H W"]:

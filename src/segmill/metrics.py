@@ -2,17 +2,22 @@
 
 Follows MMSegmentation 1.2.2 `IoUMetric` (nan_to_num=None). Rows are labels, columns predictions.
 A class that is in no label and no prediction has no IoU, one that is in no label has no accuracy;
-both are NaN and drop out of the means.
+both are NaN and drop out of the means. DFormer and much other RGB-D work publish means in which
+such a class counts as 0 (`absent_class="zero"`): never more, and less as soon as one is absent.
 
 A network may answer "none of the K classes" (ESPNet's twelfth class on 11). Such a pixel is a
 miss: it counts in the area of its label and in the area of no prediction. `confusion_with_misses`
 gives it a column of its own, K; `scores` takes a (K, K) and a (K, K + 1) matrix alike.
 """
 
+from typing import Literal
+
 import numpy as np
 from jaxtyping import Float, Int, Int64, Integer
 
 from segmill.errors import SegmillError
+
+AbsentClass = Literal["drop", "zero"]
 
 SCALARS = ("mIoU", "mAcc", "aAcc", "FWIoU", "mDice", "mFscore", "mPrecision", "mRecall")
 
@@ -55,10 +60,11 @@ def confusion_with_misses(
 
 
 def scores(
-    confusion: Int[np.ndarray, "K J"],
+    confusion: Int[np.ndarray, "K J"], *, absent_class: AbsentClass = "drop"
 ) -> dict[str, float | Float[np.ndarray, " K"]]:
     """Means as floats (`SCALARS`), and per class the arrays IoU, Acc, Dice, Fscore, ...
 
+    A class without a score is NaN in the arrays; in the means it drops out or counts as zero.
     `Recall` equals `Acc` (correct / label area); both names stay because tables use both.
     """
     classes = len(confusion)
@@ -80,10 +86,12 @@ def scores(
         "Precision": precision,
         "Recall": recall,
     }
-    means = {f"m{name}": _mean(values) for name, values in per_class.items()}
+    means = {f"m{name}": _mean(values, absent_class) for name, values in per_class.items()}
     return {**means, "aAcc": accuracy, "FWIoU": fwiou, **per_class}
 
 
-def _mean(values: Float[np.ndarray, " K"]) -> float:
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else float("nan")
+def _mean(values: Float[np.ndarray, " K"], absent_class: AbsentClass) -> float:
+    undefined = np.isnan(values)
+    if absent_class == "zero":
+        return float(np.where(undefined, 0.0, values).mean())
+    return float(values[~undefined].mean()) if not undefined.all() else float("nan")

@@ -17,11 +17,19 @@ from jaxtyping import Int, Int64, UInt8
 from segmill.data.classes import Classes
 from segmill.data.sample import IGNORE
 from segmill.files import write_whole
-from segmill.metrics import confusion_with_misses
+from segmill.metrics import AbsentClass, confusion_with_misses
 from segmill.report.charts import Curve, DotChart, curve_charts, heat_map, row_shares
 from segmill.report.examples import BeforeAfter, Example
 from segmill.report.overlay import colourise, error_map
-from segmill.report.tables import HEADLINE, Cell, ClassScore, class_scores, headline, percent
+from segmill.report.tables import (
+    HEADLINE,
+    Cell,
+    ClassScore,
+    absent_note,
+    class_scores,
+    headline,
+    percent,
+)
 from segmill.tta.results import SOURCE
 
 WIDTH = 480  # pixels of a picture in the report; larger images are reduced
@@ -39,6 +47,12 @@ class Result:
     name: str
     protocol: str
     confusion: Int64[np.ndarray, "K J"]
+    absent_class: AbsentClass = "drop"
+
+    @property
+    def note(self) -> str:
+        """What the means would be under the other rule for absent classes, or nothing."""
+        return absent_note(self.confusion, absent_class=self.absent_class)
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,10 @@ def write_report(
         command=command,
         classes=classes,
         headline_names=HEADLINE,
-        results=[(result, headline(result.confusion)) for result in results],
+        results=[
+            (result, headline(result.confusion, absent_class=result.absent_class))
+            for result in results
+        ],
         per_class=_per_class(classes, results),
         facts=facts,
         charts=curve_charts(curves),

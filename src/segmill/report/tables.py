@@ -1,14 +1,14 @@
 """Scores per class, for the terminal and the report. Percent appears only in what is printed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 from rich.table import Table
 
-from segmill.metrics import scores
+from segmill.metrics import AbsentClass, scores
 
 HEADLINE = ("mIoU", "mAcc", "aAcc", "FWIoU")
 
@@ -41,15 +41,24 @@ def class_scores(names: Sequence[str], confusion: Int[np.ndarray, "K J"]) -> lis
     ]
 
 
-def headline(confusion: Int[np.ndarray, "K J"]) -> dict[str, float]:
+def headline(
+    confusion: Int[np.ndarray, "K J"], *, absent_class: AbsentClass = "drop"
+) -> dict[str, float]:
     """The four scores of one line: mIoU, mAcc, aAcc, FWIoU."""
-    found = scores(confusion)
+    found = scores(confusion, absent_class=absent_class)
     return {name: float(found[name]) for name in HEADLINE}
 
 
-def score_table(names: Sequence[str], confusion: Int[np.ndarray, "K J"], *, title: str) -> Table:
+def score_table(
+    names: Sequence[str],
+    confusion: Int[np.ndarray, "K J"],
+    *,
+    title: str,
+    absent_class: AbsentClass = "drop",
+) -> Table:
     """The table `rich` prints: class, IoU, Acc and share of the pixels in percent."""
-    table = Table(title=title, title_justify="left")
+    note = absent_note(confusion, absent_class=absent_class) or None
+    table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
     table.add_column("class")
     for column in ("IoU %", "Acc %", "pixels %"):
         table.add_column(column, justify="right")
@@ -58,10 +67,41 @@ def score_table(names: Sequence[str], confusion: Int[np.ndarray, "K J"], *, titl
     return table
 
 
-def score_line(confusion: Int[np.ndarray, "K J"], *, protocol: str) -> str:
-    """`mIoU 64.03  mAcc 72.41  aAcc 91.20  FWIoU 85.07  (percent; protocol whole)`."""
-    parts = [f"{name} {percent(value)}" for name, value in headline(confusion).items()]
-    return f"{'  '.join(parts)}  (percent; protocol {protocol})"
+def score_line(
+    confusion: Int[np.ndarray, "K J"], *, protocol: str, absent_class: AbsentClass = "drop"
+) -> str:
+    """`mIoU 64.03  mAcc 72.41  aAcc 91.20  FWIoU 85.07  (percent; protocol whole)`.
+
+    Where the means depend on `absent_class`, it goes on with `absent_note`.
+    """
+    values = headline(confusion, absent_class=absent_class)
+    parts = [f"{name} {percent(value)}" for name, value in values.items()]
+    notes = ["percent", f"protocol {protocol}", absent_note(confusion, absent_class=absent_class)]
+    return f"{'  '.join(parts)}  ({'; '.join(filter(None, notes))})"
+
+
+def absent_note(confusion: Int[np.ndarray, "K J"], *, absent_class: AbsentClass) -> str:
+    """What the means do with absent classes, and what they were otherwise; "" if it is the same.
+
+    `means leave out absent classes; counting them as 0: mIoU 41.67, mAcc 58.33`
+    """
+    other: AbsentClass = "zero" if absent_class == "drop" else "drop"
+    ours = headline(confusion, absent_class=absent_class)
+    theirs = headline(confusion, absent_class=other)
+    changed = [
+        f"{name} {percent(theirs[name])}" for name in HEADLINE if _differ(name, ours, theirs)
+    ]
+    if not changed:
+        return ""
+    words = {
+        "drop": "means leave out absent classes; counting them as 0",
+        "zero": "means count absent classes as 0; leaving them out",
+    }
+    return f"{words[absent_class]}: {', '.join(changed)}"
+
+
+def _differ(name: str, ours: Mapping[str, float], theirs: Mapping[str, float]) -> bool:
+    return percent(ours[name]) != percent(theirs[name])
 
 
 def percent(fraction: float) -> str:
