@@ -20,7 +20,8 @@ from rich.console import Console
 
 from segmill.checkpoint.load import load_weights
 from segmill.commands.run_folder import environment, new_run_folder, write_provenance
-from segmill.commands.trainer import LoggingSettings, TrainerSettings, build_trainer
+from segmill.commands.trainer import build_trainer
+from segmill.commands.trainer_settings import LoggingSettings, TrainerSettings
 from segmill.configuration import Invocation, build
 from segmill.data.datamodule import SegmentationData
 from segmill.data.folder import FolderDataset

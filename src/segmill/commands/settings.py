@@ -221,7 +221,7 @@ KEYS: dict[str, type] = {
 _MODEL = {"model": "segmill.models.discriminative.Discriminative"}
 _TRAINING = {
     "data": "segmill.data.datamodule.SegmentationData",
-    "trainer": "segmill.commands.trainer.TrainerSettings",
+    "trainer": "segmill.commands.trainer_settings.TrainerSettings",
 }
 _ADAPTATION = {
     "data": "segmill.data.task_data.TaskData",
