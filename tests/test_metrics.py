@@ -70,6 +70,16 @@ def test_only_ignored_pixels_give_nan_without_a_warning():
     assert all(np.isnan(got[name]) for name in SCALARS)
 
 
+def test_an_absent_class_drops_out_of_the_means_or_counts_as_zero():
+    # Class 1 is predicted but never a label; class 2 is neither.
+    confusion = np.array([[3, 1, 0], [0, 0, 0], [0, 0, 0]])
+    dropped, zero = (scores(confusion, absent_class=rule) for rule in ("drop", "zero"))
+    assert (dropped["mIoU"], zero["mIoU"]) == (0.375, 0.25)
+    assert (dropped["mAcc"], zero["mAcc"]) == (0.75, 0.25)
+    assert np.array_equal(dropped["IoU"], zero["IoU"], equal_nan=True)
+    assert dropped["aAcc"] == zero["aAcc"]
+
+
 def test_a_label_outside_the_classes_names_the_remedy():
     with pytest.raises(SegmillError, match="label_map"):
         confusion_matrix(np.array([[7]]), np.array([[0]]), CLASSES)
@@ -98,6 +108,15 @@ def test_the_matrix_of_two_images_is_the_sum_of_theirs(label, pred, label2, pred
     both = confusion_matrix(np.stack([label, label2]), np.stack([pred, pred2]), CLASSES)
     parts = confusion_matrix(label, pred, CLASSES) + confusion_matrix(label2, pred2, CLASSES)
     assert np.array_equal(both, parts)
+
+
+@settings(deadline=None, max_examples=50)
+@given(maps, predictions)
+def test_counting_absent_classes_as_zero_never_raises_a_mean(label, pred):
+    confusion = confusion_matrix(label, pred, CLASSES)
+    dropped, zero = scores(confusion), scores(confusion, absent_class="zero")
+    for name in SCALARS:
+        assert np.isnan(dropped[name]) or zero[name] <= dropped[name]
 
 
 @settings(deadline=None, max_examples=50)

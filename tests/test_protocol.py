@@ -9,6 +9,7 @@ from segmill.errors import SegmillError
 from segmill.paths import CONFIGS
 from segmill.protocol import Protocol
 
+NAMES = ["whole", "slide", "ms_flip", "nyu_ss", "nyu_ms_flip", "sun_ms_flip_slide"]
 DATA = {"data": {"test_scale": [2048, 512], "crop": [512, 512]}}
 
 
@@ -40,7 +41,7 @@ def image(height: int, width: int, channels: int = 3) -> np.ndarray:
     return golden.stream("protocol").integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("name", ["whole", "slide", "ms_flip"])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_file_builds_and_is_named_like_itself(name):
     built = from_yaml(name)
     assert built.name == name
@@ -83,7 +84,7 @@ def test_depth_rides_along_without_changing_the_colours():
     assert np.array_equal(both[..., :3], colour)
 
 
-@pytest.mark.parametrize("name", ["whole", "slide", "ms_flip"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_stamp_that_went_through_json_gives_the_protocol_back(name):
     built = from_yaml(name)
     assert Protocol.from_stamp(json.loads(json.dumps(built.stamp()))) == built

@@ -39,7 +39,7 @@ def plan_views(
 
 
 def scaled_size(size: Size, ratio: float, multiple: int | None) -> Size:
-    """Both sides times `ratio`, rounded down, then up to a multiple: 480 x 640 at 0.75 is 384 x 480."""
+    """Both sides times `ratio` rounded down, then up to a multiple; 360 x 480 gives 384 x 480."""
     height, width = int(size[0] * ratio), int(size[1] * ratio)
     if multiple is None:
         return height, width

@@ -80,6 +80,15 @@ def test_scores_protocol_command_and_facts_are_there(tmp_path):
         assert part in text
 
 
+def test_the_mean_under_the_other_rule_for_absent_classes_is_there(tmp_path):
+    confusion = np.array([[6, 2, 0], [0, 2, 0], [0, 0, 0]])
+    results = [Result("x", "nyu_ss", confusion, absent_class="zero")]
+    _, parsed = report(tmp_path, classes=named("a", "b", "c"), results=results, examples=[])
+    text = " ".join(parsed.text)
+    assert "41.67" in text
+    assert "leaving them out: mIoU 62.50" in text
+
+
 def test_chinese_names_are_kept(tmp_path):
     assert "天空" in " ".join(report(tmp_path, classes=named("道路", "天空"))[1].text)
 

@@ -45,3 +45,24 @@ def test_the_headline_is_in_fractions():
 
 def test_undefined_is_a_dash():
     assert percent(float("nan")) == "-"
+
+
+def test_both_rules_for_absent_classes_are_shown_where_they_differ():
+    dropped = score_line(CONFUSION, protocol="whole")
+    assert "leave out absent classes; counting them as 0: mIoU 41.67, mAcc 58.33" in dropped
+    zero = score_line(CONFUSION, protocol="nyu_ss", absent_class="zero")
+    assert zero.startswith("mIoU 41.67  mAcc 58.33")
+    assert "count absent classes as 0; leaving them out: mIoU 62.50, mAcc 87.50" in zero
+
+
+def test_without_an_absent_class_there_is_one_mean():
+    line = score_line(CONFUSION[:2, :2], protocol="whole", absent_class="zero")
+    assert line == score_line(CONFUSION[:2, :2], protocol="whole")
+    assert line.endswith("(percent; protocol whole)")
+
+
+def test_the_table_says_below_what_the_other_rule_gives():
+    console = Console(file=io.StringIO(), width=200)
+    table = score_table(NAMES, CONFUSION, title="nyu", absent_class="zero")
+    console.print(table)
+    assert "leaving them out: mIoU 62.50" in " ".join(console.file.getvalue().split())
