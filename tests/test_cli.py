@@ -134,6 +134,27 @@ def test_a_plain_command_takes_its_first_argument_without_a_name(fake):
     assert fake == [{"file": "x.pth", "model": "fcn"}]
 
 
+@pytest.mark.parametrize("words", [["--model", "fcn"], ["--model=fcn"], ["model=fcn"]])
+def test_an_argument_of_a_plain_command_may_be_written_as_a_flag(words, fake):
+    assert cli.main(["look", "at", "x.pth", *words, "--trace"]) == 0
+    assert fake == [{"file": "x.pth", "model": "fcn"}]
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--modle", "fcn"], "did you mean --model"),
+        (["--modle=fcn"], "did you mean --model"),
+        (["--model"], "--model needs a value"),
+        (["--model", "--trace"], "--model needs a value"),
+    ],
+)
+def test_a_wrong_flag_of_a_plain_command_is_explained(words, answer, fake, capsys):
+    assert cli.main(["look", "at", "x.pth", *words]) == 2
+    assert answer in capsys.readouterr().err
+    assert fake == []
+
+
 def test_a_plain_command_names_its_missing_argument(fake, capsys):
     assert cli.main(["look", "at"]) == 2
     assert "needs file" in capsys.readouterr().err

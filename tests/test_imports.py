@@ -30,6 +30,7 @@ LAYERS: list[tuple[str, int, set[str] | None]] = [
     ("checkpoint.sharded", 2, TORCH_LIBRARIES),
     ("data.*", 0, PORTABLE_LIBRARIES),
     ("checkpoint.*", 0, PORTABLE_LIBRARIES),
+    ("convert.*", 0, PORTABLE_LIBRARIES),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("errors", "files", "metrics", "paths")),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("protocol", "views", "windows")),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("parameter_rules", "schedules")),

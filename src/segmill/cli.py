@@ -11,12 +11,13 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from segmill.errors import SegmillError
 from segmill.options import suggestion
-from segmill.verbs import VERBS, Verb
+from segmill.verbs import EXPECTED, VERBS, Verb
 
 FLAGS = ("-h", "--help", "--dry-run", "--verify", "--trace", "-m", "--multirun", "--version")
 WRONG_INPUT, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
@@ -87,11 +88,20 @@ def _call_plain(line: Line, verb: Verb) -> None:
             raise SegmillError(f"{word}: no such argument{hint or '.'} {_see_help(line.verb)}")
         if key in keywords:
             raise SegmillError(f"{word}: {key} is given already. {_see_help(line.verb)}")
-        keywords[key] = verb.arguments[key](value)
+        keywords[key] = _read(key, value, verb)
     for key in verb.required:
         if key not in keywords:
             raise SegmillError(f"segmill {line.verb} needs {key}: {verb.usage}")
     getattr(importlib.import_module(verb.module), verb.function)(**keywords)
+
+
+def _read(key: str, value: str, verb: Verb) -> Any:
+    """The value that an argument's text stands for."""
+    conversion = verb.arguments[key]
+    try:
+        return conversion(value)
+    except ValueError as error:
+        raise SegmillError(f"{key}={value}: this should be {EXPECTED[conversion]}.") from error
 
 
 def _call_composed(line: Line, verb: Verb) -> int:
@@ -136,18 +146,41 @@ def _overrides(line: Line, verb: Verb) -> list[str]:
 
 
 def _taken_apart(argv: tuple[str, ...]) -> Line:
-    flags = frozenset(word for word in argv if word.startswith("-"))
     words = [word for word in argv if not word.startswith("-")]
-    for flag in sorted(flags - set(FLAGS)):
-        hint = suggestion(flag, FLAGS) or "."
-        raise SegmillError(f"There is no flag {flag}{hint} Flags: {', '.join(FLAGS)}.")
-    for count in (2, 1):
-        name = " ".join(words[:count])
-        if name in VERBS:
-            return Line(argv=argv, verb=name, words=tuple(words[count:]), flags=flags)
+    lines = (" ".join(words[:count]) for count in (2, 1))
+    name = next((line for line in lines if line in VERBS), "")
+    words, flags = _words_and_flags(argv, VERBS[name].arguments if name else {})
+    if name:
+        rest = tuple(words[len(name.split()) :])
+        return Line(argv=argv, verb=name, words=rest, flags=flags)
     if words and not flags & {"-h", "--help"}:
         raise SegmillError(_unknown_verb(words))
     return Line(argv=argv, verb="", words=(), flags=flags)
+
+
+def _words_and_flags(
+    argv: Sequence[str], arguments: Mapping[str, Callable[[str], Any]]
+) -> tuple[list[str], frozenset[str]]:
+    """`--name value` and `--name=value` become `name=value` for the arguments of a plain verb."""
+    words, flags = [], set()
+    left = iter(argv)
+    for word in left:
+        key, equals, value = word.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
+        if not word.startswith("-"):
+            words.append(word)
+        elif word in FLAGS:
+            flags.add(word)
+        elif word.startswith("--") and key in arguments:
+            value = value if equals else next(left, "")
+            if not value or (not equals and value.startswith("-")):
+                raise SegmillError(f"{word} needs a value: {word} VALUE, or {key}=VALUE.")
+            words.append(f"{key}={value}")
+        else:
+            known = [*FLAGS, *(f"--{each}" for each in arguments)]
+            hint = suggestion(word.partition("=")[0], known) or "."
+            raise SegmillError(f"There is no flag {word}{hint} Flags: {', '.join(known)}.")
+    return words, frozenset(flags)
 
 
 def _unknown_verb(words: Sequence[str]) -> str:

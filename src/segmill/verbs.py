@@ -34,6 +34,17 @@ class Verb:
     examples: tuple[str, ...] = ()
 
 
+def yes_or_no(text: str) -> bool:
+    """`true` or `false`."""
+    if text not in ("true", "false"):
+        raise ValueError(text)
+    return text == "true"
+
+
+# What an argument should be, where its conversion may fail.
+EXPECTED: dict[Callable[[str], Any], str] = {int: "a whole number", yes_or_no: "true or false"}
+
+
 VERBS: dict[str, Verb] = {
     "train": Verb(
         module="segmill.commands.train",
@@ -192,6 +203,58 @@ VERBS: dict[str, Verb] = {
         examples=(
             "segmill weights inspect pspnet_r50-d8_512x512_160k_ade20k.pth",
             "segmill weights inspect segformer.safetensors model=segformer_mit-b5",
+        ),
+    ),
+    "convert config": Verb(
+        module="segmill.commands.convert",
+        function="run_config",
+        arguments={
+            "file": Path,
+            "out": Path,
+            "name": str,
+            "model": str,
+            "data": str,
+            "gpus": int,
+            "overwrite": yes_or_no,
+        },
+        required=("file",),
+        summary="turn a config of MMSegmentation or DFormer into an experiment file; runs nothing",
+        usage="segmill convert config FILE [out=FILE] [key=value ...]",
+        keys=(
+            ("out=FILE", "the experiment's YAML; default configs/experiment/NAME.yaml"),
+            ("name=NAME", "the experiment's name; default: the file's"),
+            ("model=NAME", "our variant, where the file's name does not say it"),
+            ("data=NAME", "our data set, where the file's is not known here"),
+            ("gpus=N", "of the original's runs, where the file's name does not say it"),
+            ("overwrite=true", "replace the YAML that is there"),
+        ),
+        examples=(
+            "segmill convert config configs/segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py",
+            "segmill convert config local_configs/NYUDepthv2/DFormer_Tiny.py out=tiny.yaml",
+        ),
+    ),
+    "convert weights": Verb(
+        module="segmill.commands.convert",
+        function="run_weights",
+        arguments={
+            "file": Path,
+            "to": str,
+            "out": Path,
+            "model": str,
+            "overwrite": yes_or_no,
+        },
+        required=("file", "to"),
+        summary="write a checkpoint's weights for torch, for Jittor, or as safetensors",
+        usage="segmill convert weights FILE to=safetensors|torch|jittor [out=FILE] [key=value ...]",
+        keys=(
+            ("to=FORMAT", "safetensors, torch (.pth) or jittor (.pkl); --to FORMAT does the same"),
+            ("out=FILE", "default: next to FILE, with the format's suffix"),
+            ("model=NAME", "rename to this variant's names; default: names as in the file"),
+            ("overwrite=true", "replace the file that is there"),
+        ),
+        examples=(
+            "segmill convert weights DFormer_Tiny.pth.tar to=jittor",
+            "segmill convert weights official.pth to=safetensors model=segformer_mit-b0",
         ),
     ),
     "data check": Verb(

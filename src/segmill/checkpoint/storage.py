@@ -76,6 +76,12 @@ def decode(data: memoryview, element: Element) -> Shaped[np.ndarray, " N"]:
     return native if native.flags.aligned and native.flags.writeable else native.copy()
 
 
+def raw_bytes(array: Shaped[np.ndarray, "..."]) -> memoryview:
+    """The elements in C order, little-endian, as files of weights hold them."""
+    plain = np.asarray(array, array.dtype.newbyteorder("<"), order="C").reshape(-1)
+    return memoryview(plain.view(np.uint8)) if plain.size else memoryview(b"")
+
+
 def widen_bfloat16(raw: UInt16[np.ndarray, " N"]) -> Float32[np.ndarray, " N"]:
     """bfloat16 is the upper half of a float32: exact."""
     return (raw.astype(np.uint32) << 16).view(np.float32)

@@ -1,0 +1,1 @@
+"""From other code bases to this one: configurations that are read, never run, and weights."""
