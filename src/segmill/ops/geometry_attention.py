@@ -22,8 +22,8 @@ def geometry_attention(
 ) -> Float[Tensor, "N n L d"]:
     """softmax(query key^T / sqrt(c) + bias) value.
 
-    bias[N, n, i, j] = decay[n] (weight[0] |position_i - position_j| + weight[1] |depth_i - depth_j|)
-    with Manhattan distances. The bias is computed in the dtype of `depth`, however narrow `query`.
+    bias[N, n, i, j] = decay[n] (weight[0] |p_i - p_j| + weight[1] |d_i - d_j|), p the positions, d
+    the depth of N, with Manhattan distances; in the dtype of `depth`, however narrow `query`.
     """
     bias = geometry_bias(position, depth, weight, decay).to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)

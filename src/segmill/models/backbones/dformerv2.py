@@ -220,8 +220,9 @@ class WholeAttention(nn.Module):
         height, width = depth.shape[1:]
         rows, columns = _numbers(height, depth), _numbers(width, depth)
         position = torch.cartesian_prod(rows, columns)
-        flat = [each.flatten(1, 2) for each in (query, key, value, depth)]
-        return _along(*flat, position, prior).unflatten(1, (height, width))
+        query, key, value = query.flatten(1, 2), key.flatten(1, 2), value.flatten(1, 2)
+        found = _along(query, key, value, depth.flatten(1), position, prior)
+        return found.unflatten(1, (height, width))
 
 
 class RowColumnAttention(WholeAttention):
@@ -237,8 +238,8 @@ class RowColumnAttention(WholeAttention):
     ) -> Float[Tensor, "B h w n c"]:
         """What each token finds, by way of its row, in the whole map."""
         value = _along_rows(query, key, value, depth, prior)
-        turned = [each.transpose(1, 2) for each in (query, key, value, depth)]
-        return _along_rows(*turned, prior).transpose(1, 2)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return _along_rows(query, key, value, depth.mT, prior).transpose(1, 2)
 
 
 class Perceptron(nn.Module):
@@ -308,8 +309,9 @@ def _along_rows(
     prior: GeometryPrior,
 ) -> Float[Tensor, "B h w n c"]:
     height, width = depth.shape[1:]
-    flat = [each.flatten(0, 1) for each in (query, key, value, depth)]
-    return _along(*flat, _numbers(width, depth), prior).unflatten(0, (-1, height))
+    query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+    found = _along(query, key, value, depth.flatten(0, 1), _numbers(width, depth), prior)
+    return found.unflatten(0, (-1, height))
 
 
 def _along(
@@ -320,9 +322,10 @@ def _along(
     position: Float[Tensor, "L *plane"],
     prior: GeometryPrior,
 ) -> Float[Tensor, "N L n c"]:
-    by_head = [each.transpose(1, 2) for each in (query, key, value)]
-    out = geometry_attention(*by_head, position, depth, prior.weight.flatten(), prior.decay)
-    return out.transpose(1, 2)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    weight = prior.weight.flatten()
+    found = geometry_attention(query, key, value, position, depth, weight, prior.decay)
+    return found.transpose(1, 2)
 
 
 def _rotated(tokens: Float[Tensor, "B h w n c"], geometry: Geometry) -> Float[Tensor, "B h w n c"]:

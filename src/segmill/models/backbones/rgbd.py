@@ -4,7 +4,6 @@ Tokens are (B, h, w, D); such a map permuted to (B, D, h, w) is torch's channels
 that going from one to the other moves nothing.
 """
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -42,7 +41,7 @@ class Depthwise(nn.Conv2d):
     def __init__(self, width: int, *, kernel: int) -> None:
         super().__init__(width, width, kernel, padding=kernel // 2, groups=width)
 
-    def forward(self, tokens: Float[Tensor, "B h w D"]) -> Float[Tensor, "B h w D"]:
-        return as_tokens(
-            F.conv2d(as_map(tokens), self.weight, self.bias, 1, self.padding, 1, self.groups)
-        )
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # tokens, not `input`
+        self, tokens: Float[Tensor, "B h w D"]
+    ) -> Float[Tensor, "B h w D"]:
+        return as_tokens(super().forward(as_map(tokens)))
