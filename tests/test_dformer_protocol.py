@@ -190,7 +190,7 @@ def test_one_image_travels_whatever_the_scales_are():
 
 @pytest.mark.parametrize(("size", "want"), [((60, 90), (64, 96)), ((70, 90), (70, 96))])
 def test_padding_is_black_to_the_right_and_below_and_never_crops(size, want):
-    original = image(*size, 4)
+    original = image(size[0], size[1], 4)
     (padded,) = rule(pad_to=(64, 96)).inputs(original)
     assert padded.shape == (*want, 4)
     assert np.array_equal(padded[: size[0], : size[1]], original)
