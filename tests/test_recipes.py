@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import golden
+from segmill.checkpoint.choose import HasKeyRules
 from segmill.checkpoint.keys import Rule, apply_rules
-from segmill.checkpoint.load import HasKeyRules
 from segmill.configuration import build, compose
 from segmill.optim import OptimizerSettings
 from segmill.paths import CONFIGS

@@ -19,13 +19,13 @@ from jaxtyping import UInt8
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from segmill.checkpoint.choose import outline
 from segmill.checkpoint.keys import apply_rules
 from segmill.checkpoint.load import (
     choose_rules,
     find_file,
     load_arrays,
     load_weights,
-    outline,
     save_safetensors,
     shapes_of,
 )

@@ -79,7 +79,9 @@ class SegmentationModule(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the accumulated confusion matrix, the same in every process."""
-        result = scores(self.metric.total().cpu().numpy())
+        result = scores(
+            self.metric.total().cpu().numpy(), absent_class=self.protocol.absent_class
+        )
         self.metric.reset()
         values = {f"val/{name}": float(result[name]) for name in LOGGED}
         values |= {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from segmill.checkpoint import load
+from segmill.checkpoint import choose
 from segmill.checkpoint.keys import Prefix, Rename, Rule
 from segmill.checkpoint.load import choose_rules, load_arrays, load_weights, save_safetensors
 from segmill.checkpoint.read import CheckpointError, read_checkpoint, read_metadata
@@ -184,4 +184,4 @@ def test_the_layout_of_memory_does_not_matter(tmp_path: Path) -> None:
     other = Net()
     load_weights(other, tmp_path / "m.safetensors")
     assert torch.equal(other.backbone[0].weight, net.backbone[0].weight)
-    assert load.RUN_WEIGHTS == "model.safetensors"
+    assert choose.RUN_WEIGHTS == "model.safetensors"

@@ -3,8 +3,9 @@ import timm
 import torch
 from timm.models.hrnet import HighResolutionNet
 
+from segmill.checkpoint.choose import outline
 from segmill.checkpoint.keys import apply_rules
-from segmill.checkpoint.load import load_arrays, outline, shapes_of
+from segmill.checkpoint.load import load_arrays, shapes_of
 from segmill.configuration import build, compose
 from segmill.models.backbones.hrnet import HRNet
 

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Shaped
 from torch import nn
 
+from segmill.checkpoint.choose import outline
 from segmill.checkpoint.keys import apply_rules
-from segmill.checkpoint.load import choose_rules, outline, shapes_of
+from segmill.checkpoint.load import choose_rules, shapes_of
 from segmill.checkpoint.origin import guess_origin, training_entries
 from segmill.checkpoint.read import find_weights, is_jittor, read_any, read_metadata
 from segmill.checkpoint.report import Report, compare

@@ -3,10 +3,8 @@
 These are weights, never a resume point: training that starts from them starts at step 0.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import safetensors.torch
@@ -14,26 +12,15 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from segmill.checkpoint.keys import Prefix, Rule, apply_rules
-from segmill.checkpoint.read import CheckpointError, read_checkpoint
+from segmill.checkpoint.choose import HasKeyRules, choose, file_of_run
+from segmill.checkpoint.keys import Rule, apply_rules
+from segmill.checkpoint.read import read_checkpoint
 from segmill.checkpoint.report import Report, compare
 from segmill.files import write_whole
 
 Array = Shaped[np.ndarray, "..."]
-OWN = "segmill"
-RUN_WEIGHTS = "model.safetensors"
-PREFIX_DEPTH = 3
 # Heads, and the norms that dense prediction puts on each output of a Swin Transformer or a Twins.
 NOT_IN_TIMM = (r"(?!backbone\.).*", r"backbone\.norm(\d|_list\.\d)\..*")
-
-
-@runtime_checkable
-class HasKeyRules(Protocol):
-    """A network that says how other libraries name its weights."""
-
-    def key_rules(self) -> dict[str, tuple[Rule, ...]]:
-        """{origin: rules from its file's keys to this network's}."""
-        ...
 
 
 def load_arrays(
@@ -62,24 +49,10 @@ def load_arrays(
 def choose_rules(module: nn.Module, arrays: Mapping[str, Array]) -> tuple[str, tuple[Rule, ...]]:
     """Whose names the file uses, and the rules from them: what leaves the fewest problems.
 
-    Tried are the module's own names and each entry of its `key_rules()`, in files as they are,
-    without a prefix that most keys share (`module.`, `model.network.`), and for a backbone alone.
+    Tried are the module's own names and each entry of its `key_rules()`.
     """
-    shapes = shapes_of(module)
-    names_and_shapes = outline(arrays)
-    origins = {OWN: (), **(module.key_rules() if isinstance(module, HasKeyRules) else {})}
-    best: tuple[int, str, tuple[Rule, ...]] | None = None
-    for prefix in _prefixes(arrays, shapes):
-        for origin, own_rules in origins.items():
-            rules = (*prefix, *own_rules)
-            try:
-                problems = compare(apply_rules(names_and_shapes, rules), shapes).problems
-            except CheckpointError:
-                continue  # a file of another origin may well lack a part of what is joined
-            if best is None or problems < best[0]:
-                best = problems, origin, rules
-    assert best is not None  # the module's own names, unchanged, never fail
-    return best[1:]
+    rules = module.key_rules() if isinstance(module, HasKeyRules) else {}
+    return choose(arrays, shapes_of(module), rules)
 
 
 def load_weights(
@@ -109,7 +82,7 @@ def find_file(source: str | Path) -> Path:
     """The file that `weights=SOURCE` means; a hub id is downloaded unless it is cached."""
     path = Path(source)
     if path.is_dir() and not (path / ".metadata").is_file():
-        return _file_of_run(path)
+        return file_of_run(path)
     if not path.exists() and looks_like_hub_id(str(source)):
         from segmill.checkpoint.pretrained import hub_file  # see load_weights
 
@@ -122,11 +95,6 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
-def outline(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """Zeros of the same names, types and shapes that take no memory."""
-    return {n: np.broadcast_to(np.zeros((), a.dtype), a.shape) for n, a in arrays.items()}
-
-
 def save_safetensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write the tensors, whole or not at all. Tensors that share memory are written each."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
@@ -136,34 +104,6 @@ def save_safetensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[
 def _as_tensor(array: Array) -> Tensor:
     # Rules may hand out read-only or flipped arrays, which torch does not take.
     return torch.from_numpy(np.require(array, requirements=["C", "A", "W"]))
-
-
-def _prefixes(
-    arrays: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]
-) -> list[tuple[Prefix, ...]]:
-    """No prefix; each dotted prefix that most keys share, removed; each with `backbone.` added."""
-    counts = Counter(
-        prefix
-        for name in arrays
-        for depth in range(1, PREFIX_DEPTH + 1)
-        if (prefix := ".".join(name.split(".")[:depth])) != name
-    )
-    common = [prefix for prefix, count in counts.items() if 2 * count > len(arrays)]
-    removed: list[tuple[Prefix, ...]] = [(), *((Prefix(f"{each}.", ""),) for each in common)]
-    if not any(name.startswith("backbone.") for name in shapes):
-        return removed
-    return [*removed, *((*each, Prefix("", "backbone.")) for each in removed)]
-
-
-def _file_of_run(folder: Path) -> Path:
-    weights = folder / RUN_WEIGHTS
-    if not weights.is_file():
-        others = sorted(p.name for p in folder.glob("*") if p.suffix in (".ckpt", ".pth", ".pt"))
-        raise CheckpointError(
-            f"{folder} has no {RUN_WEIGHTS}, which a finished run leaves. "
-            + (f"Name a file: weights={folder / others[0]}" if others else "Is it a run folder?")
-        )
-    return weights
 
 
 def looks_like_hub_id(source: str) -> bool:

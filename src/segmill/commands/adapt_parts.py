@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader
 
-from segmill.checkpoint.load import RUN_WEIGHTS, find_file, load_weights
+from segmill.checkpoint.choose import RUN_WEIGHTS
+from segmill.checkpoint.load import find_file, load_weights
 from segmill.commands.adapt_rows import Row
 from segmill.commands.adapt_trainer import AdaptTrainerSettings
 from segmill.configuration import build

@@ -17,7 +17,8 @@ import torch
 from omegaconf import DictConfig
 
 from segmill.commands.adapt import compare
-from segmill.commands.evaluate import Scored, curves_of, examples_of, protocol_text, score
+from segmill.commands.evaluate import score
+from segmill.commands.reporting import Scored, curves_of, examples_of, protocol_text
 from segmill.commands.run_folder import environment, new_run_folder, write_provenance
 from segmill.commands.train import Parts, build_parts, fit
 from segmill.configuration import Invocation, compose
@@ -119,9 +120,9 @@ def _report(
         folder / "report.html",
         title="segmill demo",
         command=(folder / "command.txt").read_text(encoding="utf-8").strip(),
-        classes=rgb.segmenter.classes,
+        classes=rgb.classes,
         results=[
-            Result(name, protocol_text(each.segmenter.protocol), each.confusion)
+            Result(name, protocol_text(each.protocol), each.confusion)
             for name, each in scored.items()
         ],
         facts={"environment": "; ".join(environment())},

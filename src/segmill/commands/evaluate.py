@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import lightning
-import numpy as np
 import torch
-from jaxtyping import Int64
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from segmill.checkpoint.load import load_weights
-from segmill.commands.run_folder import environment, new_run_folder, write_provenance
+from segmill.commands.reporting import Scored, report
+from segmill.commands.run_folder import new_run_folder, write_provenance
 from segmill.commands.trainer import build_trainer
 from segmill.commands.trainer_settings import LoggingSettings, TrainerSettings
 from segmill.configuration import Invocation, build
 from segmill.data.datamodule import SegmentationData
-from segmill.data.folder import FolderDataset
 from segmill.errors import SegmillError
 from segmill.evaluation import EvaluationModule
-from segmill.files import write_whole
-from segmill.metrics import SCALARS, scores
 from segmill.models.discriminative import Discriminative
 from segmill.protocol import Protocol
-from segmill.report.charts import Curve, read_curves
-from segmill.report.examples import Example
-from segmill.report.html import Result, write_report
-from segmill.report.tables import score_line, score_table
 from segmill.segmenter import Segmenter, open_segmenter, plain
 
 log = logging.getLogger(__name__)
-EXAMPLES = 4  # best and worst images in the report, each
 
 
 def run(config: DictConfig, context: Invocation) -> None:
@@ -64,28 +50,6 @@ def run(config: DictConfig, context: Invocation) -> None:
         log.info("Next: open %s, or segmill predict run=%s IMAGE", folder / "report.html", source)
 
 
-@dataclass(frozen=True)
-class Scored:
-    """One evaluated split: who, on what, and the confusion matrix of all its images."""
-
-    segmenter: Segmenter
-    data: SegmentationData
-    split: str
-    confusion: Int64[np.ndarray, "K J"]
-    per_image: list[tuple[int, float]]  # position in the split, mIoU
-    seconds: float
-
-    @property
-    def dataset(self) -> FolderDataset:
-        """The samples that were scored."""
-        return self.data.dataset(self.split)
-
-    @property
-    def protocol(self) -> Protocol:
-        """The protocol that they were scored under."""
-        return self.segmenter.protocol
-
-
 def score(
     trainer: lightning.Trainer, segmenter: Segmenter, data: SegmentationData, *, split: str
 ) -> Scored:
@@ -96,89 +60,17 @@ def score(
     started = time.perf_counter()
     trainer.test(module, dataloaders=data.eval_loader(split), verbose=False)
     seconds = time.perf_counter() - started
-    return Scored(segmenter, data, split, module.confusion, module.per_image, seconds)
-
-
-def report(scored: Scored, folder: Path) -> None:
-    """Print the table; write metrics.json, confusion.npy and report.html."""
-    facts = _facts(scored)
-    text = json.dumps(facts, indent=2, ensure_ascii=False)
-    write_whole(folder / "metrics.json", text.encode("utf-8"))
-    np.save(folder / "confusion.npy", scored.confusion)
-    name = scored.protocol.name
-    title = f"{facts['data']} {scored.split}, {facts['images']} images, protocol {name}"
-    console = Console()
-    console.print(score_table(scored.segmenter.classes.names, scored.confusion, title=title))
-    console.print(score_line(scored.confusion, protocol=name))
-    write_report(
-        folder / "report.html",
-        title=folder.name,
-        command=_read(folder / "command.txt"),
-        classes=scored.segmenter.classes,
-        results=[Result(run_of(folder), protocol_text(scored.protocol), scored.confusion)],
-        facts=_report_facts(folder, facts),
-        curves=curves_of(folder),
-        examples=examples_of(scored),
-        tables=[],
+    return Scored(
+        data_name=data.name,
+        split=split,
+        dataset=data.dataset(split),
+        classes=segmenter.classes,
+        protocol=segmenter.protocol,
+        confusion=module.confusion,
+        per_image=module.per_image,
+        seconds=seconds,
+        predict=lambda image: segmenter.predict(image).label,
     )
-
-
-def _facts(scored: Scored) -> dict[str, Any]:
-    """Everything that says what the number is; goes into metrics.json."""
-    result = scores(scored.confusion)
-    return {
-        "data": scored.data.name,
-        "split": scored.split,
-        "images": len(scored.dataset),
-        "order": order_hash(scored.dataset),
-        "protocol": scored.protocol.stamp(),
-        "seconds_per_image": scored.seconds / max(len(scored.dataset), 1),
-        "scores": {name: float(result[name]) for name in SCALARS},
-        "IoU": _by_class(scored, result["IoU"]),
-        "Acc": _by_class(scored, result["Acc"]),
-        "environment": environment(),
-    }
-
-
-def order_hash(dataset: FolderDataset) -> str:
-    """Twelve digits that change when the list of images or its order does."""
-    return sha256(b"\n".join(bytes(name) for name in dataset.names)).hexdigest()[:12]
-
-
-def curves_of(folder: Path) -> dict[str, Curve]:
-    """What was logged, over all parts of a run that was resumed."""
-    parts = [read_curves(path) for path in sorted(folder.glob("metrics*.csv"))]
-    names = {name for part in parts for name in part}
-    return {
-        name: Curve(*_in_order([part[name] for part in parts if name in part]))
-        for name in sorted(names)
-    }
-
-
-def _in_order(parts: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    steps = np.concatenate([part.steps for part in parts])
-    values = np.concatenate([part.values for part in parts])
-    order = np.argsort(steps, kind="stable")
-    return steps[order], values[order]
-
-
-def examples_of(scored: Scored, like: Scored | None = None) -> list[Example]:
-    """The best and worst images, predicted once more for their pictures.
-
-    With `like`, the images that are best and worst there, in the same order.
-    """
-    ranked = sorted((like or scored).per_image, key=lambda item: (-item[1], item[0]))
-    ranked = [item for item in ranked if not np.isnan(item[1])]
-    chosen = ranked if len(ranked) <= 2 * EXAMPLES else ranked[:EXAMPLES] + ranked[-EXAMPLES:]
-    own = dict(scored.per_image)
-    return [_example(scored, index, own[index]) for index, _ in chosen]
-
-
-def _example(scored: Scored, index: int, miou: float) -> Example:
-    sample = scored.dataset[index]
-    assert sample.label is not None
-    pred = scored.segmenter.predict(sample.image).label
-    return Example(sample.image, sample.label, pred, sample.name, miou)
 
 
 def _segmenter(config: DictConfig, data: SegmentationData, protocol: Protocol) -> Segmenter:
@@ -242,35 +134,3 @@ def _result_folder(
         path = Path(config.run)
         return new_run_folder(str(path if path.is_dir() else path.parent), name)
     return new_run_folder(config.output_dir, f"{config.model_name}_{name}")
-
-
-def run_of(folder: Path) -> str:
-    """The run that a result belongs to: an evaluation lies inside the folder of its run."""
-    return folder.parent.name if folder.name.startswith("eval_") else folder.name
-
-
-def protocol_text(protocol: Protocol) -> str:
-    """The protocol in words that fit under a number."""
-    stamp = protocol.stamp()
-    return ", ".join(f"{key} {value}" for key, value in stamp.items() if value is not None)
-
-
-def _report_facts(folder: Path, facts: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        "data": f"{facts['data']} {facts['split']}, {facts['images']} images, "
-        f"order {facts['order']}",
-        "seconds per image": f"{facts['seconds_per_image']:.3f}",
-        "commit": _read(folder / "commit.txt"),
-        "environment": "; ".join(facts["environment"]),
-    }
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8").strip()
-
-
-def _by_class(scored: Scored, values: Any) -> dict[str, float | None]:
-    return {
-        name: None if np.isnan(value) else float(value)
-        for name, value in zip(scored.segmenter.classes.names, values, strict=True)
-    }

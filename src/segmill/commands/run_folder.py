@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from segmill import __version__
 
 HANDED_DOWN = "SEGMILL_RUN_FOLDER"  # Lightning starts the other ranks with the same command line
-PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "timm", "transformers", "numpy")
+PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "timm", "transformers", "jittor", "numpy")
 
 
 def new_run_folder(output_dir: str, name: str) -> Path:
@@ -60,7 +61,13 @@ def environment() -> list[str]:
     """Versions and hardware, one fact a line."""
     lines = [f"segmill {__version__}", f"python {platform.python_version()} {platform.platform()}"]
     lines += [f"{name} {metadata.version(name)}" for name in PACKAGES if _installed(name)]
-    lines += [f"cpu cores {os.cpu_count()}, torch threads {torch.get_num_threads()}"]
+    lines += [f"cpu cores {os.cpu_count()}"]
+    # A run on Jittor has no torch, and one on torch has it loaded.
+    return lines + (_of_torch(sys.modules["torch"]) if "torch" in sys.modules else [])
+
+
+def _of_torch(torch: Any) -> list[str]:
+    lines = [f"torch threads {torch.get_num_threads()}"]
     if torch.cuda.is_available():
         lines += [
             f"gpu {index}: {torch.cuda.get_device_name(index)}"

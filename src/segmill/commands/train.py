@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from segmill.callbacks import SaveOnInterrupt
 from segmill.checkpoint.load import load_weights
 from segmill.checkpoint.read import read_any
-from segmill.commands.evaluate import report, score
+from segmill.commands.evaluate import score
 from segmill.commands.plan import dry_run
+from segmill.commands.reporting import report
 from segmill.commands.run_folder import new_run_folder, write_provenance
 from segmill.commands.trainer import (
     LoggingSettings,

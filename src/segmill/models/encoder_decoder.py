@@ -10,8 +10,8 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
+from segmill.checkpoint.choose import HasKeyRules
 from segmill.checkpoint.keys import Rule
-from segmill.checkpoint.load import HasKeyRules
 from segmill.errors import SegmillError
 from segmill.models.layers import Backbone, HasLosses, Neck, Part, head_losses
 

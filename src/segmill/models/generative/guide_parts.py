@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from segmill.checkpoint.choose import RUN_WEIGHTS
 from segmill.checkpoint.keys import apply_rules
-from segmill.checkpoint.load import RUN_WEIGHTS, choose_rules, load_arrays
+from segmill.checkpoint.load import choose_rules, load_arrays
 from segmill.checkpoint.read import read_checkpoint
 from segmill.checkpoint.sharded import Arrays, Draws, fill
 from segmill.errors import SegmillError
