@@ -135,3 +135,42 @@ def transform_inputs() -> tuple[np.ndarray, np.ndarray]:
     shape = ((height + 31) // 32, (width + 31) // 32)
     label = draw.integers(0, 151, size=shape, dtype=np.uint8).repeat(32, 0).repeat(32, 1)
     return image.astype(np.uint8), label[:height, :width]
+
+
+class DFormerGolden:
+    """One model of `goldens/dformer`: what the official code computed for inputs made by name."""
+
+    def __init__(self, name: str) -> None:
+        self.meta: dict[str, Any] = json.loads((FOLDER / "dformer" / f"{name}.json").read_text())
+        self.data = np.load(FOLDER / "dformer" / f"{name}.npz")
+
+    def state(self) -> dict[str, np.ndarray]:
+        """{official key: array}; what the golden run left as it was built is not among them."""
+        return dformer_state(self.meta["state_dict"])
+
+
+def dformer_state(shapes: dict[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
+    """The arrays of the DFormer goldens for {key: shape}; they follow from prefix and key."""
+    built = ("num_batches_tracked", "angle", "decay")
+    return {
+        key: dformer_weight(prefix + key, tuple(shape))
+        for key, shape in shapes.items()
+        if key.rsplit(".", 1)[-1] not in built
+    }
+
+
+def dformer_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """As `golden_weight`, except for the scales of layers."""
+    if name.rsplit(".", 1)[-1].startswith("layer_scale"):
+        return (1.0 + 0.1 * stream(name).standard_normal(shape)).astype(np.float32)
+    return golden_weight(name, shape)
+
+
+def dformer_normal(tag: str, *shape: int) -> np.ndarray:
+    """An input of the DFormer goldens, float32: `rgb`, `depth`, `train_rgb`, `unit_x`, ..."""
+    return stream(tag).standard_normal(shape).astype(np.float32)
+
+
+def dformer_bases(batch: int, width: int = 512, rank: int = 64) -> np.ndarray:
+    """What the official code drew before its factorisation, 0..1."""
+    return stream("nmf_bases").random((batch, width, rank)).astype(np.float32)
