@@ -23,6 +23,8 @@ def test_rows_are_classes_and_prompts_default_to_names(tmp_path: Path):
         ("cityscapes", 19, "bicycle"),
         ("pascal_voc12", 21, "tv monitor"),
         ("scenes", 8, "picture"),
+        ("nyu_depth_v2", 40, "otherprop"),
+        ("sunrgbd", 37, "bag"),
     ],
 )
 def test_shipped_classes(name: str, count: int, last: str):
@@ -30,6 +32,12 @@ def test_shipped_classes(name: str, count: int, last: str):
     assert len(classes) == count
     assert classes.names[-1] == last
     assert classes.palette.shape == (count, 3)
+
+
+def test_sun_rgbd_has_nyus_first_classes():
+    sun, nyu = read_classes("sunrgbd"), read_classes("nyu_depth_v2")
+    different = [pair for pair in zip(sun.names, nyu.names, strict=False) if pair[0] != pair[1]]
+    assert different == [("fridge", "refrigerator"), ("tv", "television")]
 
 
 def test_unknown_name_lists_the_known_ones():

@@ -52,6 +52,15 @@ def write_layout(root: Path, keys: dict[str, Any]) -> None:
                 picture.putpalette(list(range(256)) * 3)
             target.parent.mkdir(parents=True, exist_ok=True)
             picture.save(target)
+            if keys["depth"] is not None:
+                write_depth(root / keys["depth"].replace("{split}", folder).replace("{name}", name))
+
+
+def write_depth(path: Path) -> None:
+    """8 bits, farther from left to right."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = np.linspace(0, 255, WIDTH).astype(np.uint8)
+    Image.fromarray(np.tile(row, (HEIGHT, 1))).save(path)
 
 
 @pytest.fixture(params=NAMES)
@@ -62,6 +71,11 @@ def data(request: pytest.FixtureRequest, tmp_path: Path) -> SegmentationData:
         write_layout(tmp_path, keys)
     else:
         keys["generate"] |= {"train": 2, "val": 1, "test": 1}
+    return build_data(keys)
+
+
+def build_data(keys: dict[str, Any]) -> SegmentationData:
+    """Evaluated in one piece."""
     protocol = Protocol(
         name="whole",
         scale=keys["test_scale"],
@@ -93,6 +107,22 @@ def test_it_trains_and_evaluates(data: SegmentationData):
 def test_every_class_is_reached(data: SegmentationData):
     table = data.dataset(data.train_split).label_map.table
     assert set(range(len(data.classes))) <= set(table.tolist())
+
+
+@pytest.mark.parametrize("name", ["nyu_depth_v2", "sunrgbd"])
+def test_the_official_split_files_work_as_they_are(name: str, tmp_path: Path):
+    keys = read_keys(name, data_root=str(tmp_path))
+    write_layout(tmp_path, keys)
+    for split in ("train", "test"):
+        lines = [f"RGB/{split}/{each}.jpg" for each in ("two_2", "one_1")]
+        (tmp_path / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    dataset = build_data(keys).dataset("test")
+    assert [dataset.name(index) for index in range(2)] == ["test/two_2", "test/one_1"]
+    sample = dataset[0]
+    assert sample.image[0, [0, -1], 3].tolist() == [0, 255]
+    assert sample.label is not None
+    # 0 of the files, unlabelled, comes first; class 0 is their 1.
+    assert sample.label[0, :8:4].tolist() == [255, 0]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -51,6 +51,22 @@ def test_a_list_gives_names_and_order(root: Path):
     assert [dataset[i].name for i in range(len(dataset))] == ["c", "a"]
 
 
+def test_a_list_may_name_files_instead(root: Path):
+    """Official split files do: the image's path, perhaps followed by the label's."""
+    write_image(root / "images/train/d e.jpg")
+    lines = ["images/train/b.jpg", "images/train/c.jpg\tlabels/train/c.png", "a", "d e"]
+    (root / "train.txt").write_text("\n".join([*lines, "images/train/d e.jpg"]))
+    dataset = tiny_dataset(root, splits={"train": {"list": "train.txt"}})
+    assert [dataset.name(index) for index in range(5)] == ["b", "c", "a", "d e", "d e"]
+    assert dataset.without_image() == []
+
+
+def test_a_name_alone_may_be_the_pattern(root: Path):
+    (root / "train.txt").write_text("images/train/a.jpg\n")
+    dataset = tiny_dataset(root, image="{name}", splits={"train": {"list": "train.txt"}})
+    assert dataset.name(0) == "images/train/a.jpg"
+
+
 def test_folder_replaces_the_name_of_the_split(root: Path):
     dataset = tiny_dataset(root, split="fit", splits={"fit": {"folder": "train"}})
     assert len(dataset) == 3

@@ -23,8 +23,9 @@ class FolderDataset:
     """Images with labels (and depth) in a folder or a zip archive, found by patterns.
 
     `image`, `label` and `depth` are paths below `data_root` with `{split}` and `{name}`; names may
-    hold slashes. `splits[split]` may give `folder` (stands for {split}) and `list` (a text file
-    with one name per line); without a list, every file that fits the image pattern belongs to it.
+    hold slashes. `splits[split]` may give `folder` (stands for {split}) and `list`, a text file
+    with one sample per line: its name, or its image's path, which fits the pattern and which
+    further paths (the label's) may follow. Without a list, every image that fits belongs to it.
     """
 
     def __init__(
@@ -163,7 +164,17 @@ class FolderDataset:
                 f"The list {self.files.where(self.list)} of split {self.split!r} does not exist. "
                 f"Correct data.splits.{self.split}.list, or leave it out to take every image."
             ) from None
-        return [line.strip() for line in text.splitlines() if line.strip()]
+        prefix, _, suffix = self.patterns["image"].partition("{name}")
+        return [_named(line.strip(), prefix, suffix) for line in text.splitlines() if line.strip()]
+
+
+def _named(line: str, prefix: str, suffix: str) -> str:
+    """The {name} of a list's line: `RGB/7.jpg` and `RGB/7.jpg Label/7.png` are 7, like `7`."""
+    for path in (line, line.split()[0]):
+        long_enough = len(path) > len(prefix) + len(suffix) > 0
+        if long_enough and path.startswith(prefix) and path.endswith(suffix):
+            return path[len(prefix) : len(path) - len(suffix)]
+    return line
 
 
 def depth_keys(
