@@ -20,6 +20,7 @@ TORCH_LIBRARIES = PORTABLE_LIBRARIES | {
     "transformers",
     "triton",
 }
+JITTOR_LIBRARIES = PORTABLE_LIBRARIES | {"jittor"}
 LIGHTNING_LIBRARIES = TORCH_LIBRARIES | {"lightning", "torchmetrics"}
 
 # First match wins: pattern, rank, third-party libraries (None: any). `ops`, `losses` and
@@ -35,6 +36,7 @@ LAYERS: list[tuple[str, int, set[str] | None]] = [
     *((name, 0, PORTABLE_LIBRARIES) for name in ("protocol", "views", "windows")),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("parameter_rules", "schedules")),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("bootstrap", "tta.results")),
+    ("model_file", 1, PORTABLE_LIBRARIES),
     ("report.*", 1, REPORT_LIBRARIES),
     *((name, 2, TORCH_LIBRARIES) for name in ("ops.*", "losses", "photometric")),
     ("models.layers", 2, TORCH_LIBRARIES),
@@ -51,6 +53,7 @@ LAYERS: list[tuple[str, int, set[str] | None]] = [
     *((name, 5, TORCH_LIBRARIES) for name in ("models.*", "inference", "optim", "cost", "measure")),
     *((name, 6, LIGHTNING_LIBRARIES) for name in ("training", "evaluation", "callbacks", "tta.*")),
     ("evidence", 1, PORTABLE_LIBRARIES),
+    ("jittor.*", 1, JITTOR_LIBRARIES),
     ("*", 7, None),
 ]
 HEAVY = ("torch", "lightning", "hydra", "omegaconf", "torchmetrics", "timm", "transformers", "rich")

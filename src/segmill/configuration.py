@@ -69,6 +69,13 @@ def build(node: DictConfig | Mapping[str, Any], **extra: Any) -> Any:
     return _built({**plain, **extra})
 
 
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as a dictionary, which is what files and metadata hold."""
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     """Hydra's view of `overrides`; raises SegmillError with everything that cannot be read."""
     problems: list[str] = []

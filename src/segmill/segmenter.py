@@ -1,22 +1,15 @@
-"""Segmenter: a model with everything that prediction needs, in memory and in one file.
-
-`model.safetensors` holds the weights; its metadata holds the model's own configuration, classes,
-palette, normalisation and protocol, so nothing else is needed to predict.
-"""
+"""Segmenter: a model with everything that prediction needs, in memory and in one file."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from segmill.checkpoint.choose import outline
@@ -29,32 +22,24 @@ from segmill.checkpoint.load import (
     save_safetensors,
     shapes_of,
 )
-from segmill.checkpoint.read import read_checkpoint, read_metadata
+from segmill.checkpoint.read import read_checkpoint
 from segmill.checkpoint.report import compare
-from segmill.configuration import build, compose
-from segmill.data.classes import Classes, read_classes
+from segmill.configuration import build, compose, plain
+from segmill.data.classes import Classes
 from segmill.errors import SegmillError
 from segmill.inference import predict_label
+from segmill.model_file import (
+    Description,
+    Prediction,
+    default_classes,
+    fitting_image,
+    read_description,
+)
 from segmill.models.discriminative import Discriminative
 from segmill.options import options, suggestion
 from segmill.protocol import Protocol
-from segmill.report.overlay import overlay
 
-FORMAT = 1
 DEFAULT_CLASSES = 150  # of a variant whose weights and class count are not given: ADE20K
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The class of every pixel of one image, at the image's own size."""
-
-    image: UInt8[np.ndarray, "H W C"]
-    label: UInt8[np.ndarray, "H W"]
-    classes: Classes
-
-    def overlay(self, alpha: float = 0.5) -> UInt8[np.ndarray, "H W 3"]:
-        """The image (RGB) with its classes in colour on top."""
-        return overlay(self.image[..., :3], self.label, self.classes.palette, alpha=alpha)
 
 
 @dataclass(frozen=True)
@@ -77,6 +62,16 @@ class Segmenter:
         return self.model.network
 
     @property
+    def description(self) -> Description:
+        """Everything but the weights."""
+        return Description(
+            config=self.config,
+            classes=self.classes,
+            protocol=self.protocol,
+            depth_range=self.depth_range,
+        )
+
+    @property
     def channels(self) -> int:
         """3 for RGB, 4 when depth is the fourth channel."""
         return int(self.model.mean.numel())
@@ -88,13 +83,7 @@ class Segmenter:
 
     def predict(self, image: str | Path | UInt8[np.ndarray, "H W C"]) -> Prediction:
         """Segment a file or an RGB array (with depth as the fourth channel for RGB-D models)."""
-        array = _read_image(image) if isinstance(image, str | Path) else image
-        if array.ndim != 3 or array.shape[2] != self.channels:
-            raise SegmillError(
-                f"This model takes (H, W, {self.channels}) uint8 images, got an array of shape "
-                f"{array.shape}. "
-                + ("Depth is the fourth channel, 8 bit." if self.channels == 4 else "Pass RGB.")
-            )
+        array = fitting_image(image, channels=self.channels)
         with torch.inference_mode():
             images = [
                 self.model.normalise(self._tensor(each)) for each in self.protocol.inputs(array)
@@ -137,46 +126,20 @@ def open_segmenter(
 
 def save_segmenter(path: Path, segmenter: Segmenter) -> None:
     """Write `model.safetensors`: weights, and all that prediction needs in the metadata."""
-    description = {
-        "format": FORMAT,
-        "model": self_contained(segmenter.config),
-        "classes": {
-            "names": list(segmenter.classes.names),
-            "palette": segmenter.classes.palette.tolist(),
-            "prompts": list(segmenter.classes.prompts),
-        },
-        "protocol": segmenter.protocol.stamp(),
-        "depth_range": segmenter.depth_range,
-    }
     state = {name: value.cpu() for name, value in segmenter.network.state_dict().items()}
-    save_safetensors(path, state, {"segmill": json.dumps(description)})
+    save_safetensors(path, state, segmenter.description.metadata())
 
 
 def _open_file(path: Path) -> Segmenter:
-    description = read_metadata(path).get("segmill")
-    if description is None:
-        raise SegmillError(
-            f"{path} holds weights but not a segmill model. Name the variant: "
-            f"load('pspnet_r50-d8', weights={str(path)!r}); `segmill weights inspect {path}` "
-            f"says which one matches."
-        )
-    facts = json.loads(description)
-    if facts["format"] > FORMAT:
-        raise SegmillError(f"{path} was written by a newer segmill; upgrade to open it.")
-    model: Discriminative = build(facts["model"])
+    found = read_description(path)
+    model: Discriminative = build(found.config)
     load_arrays(model.network, read_checkpoint(path))
-    classes = facts["classes"]
-    depth_range = facts["depth_range"]
     return Segmenter(
         model=model.eval(),
-        classes=Classes(
-            tuple(classes["names"]),
-            np.array(classes["palette"], dtype=np.uint8),
-            tuple(classes["prompts"]),
-        ),
-        protocol=_protocol(facts["protocol"]),
-        config=facts["model"],
-        depth_range=None if depth_range is None else (depth_range[0], depth_range[1]),
+        classes=found.classes,
+        protocol=found.protocol,
+        config=found.config,
+        depth_range=found.depth_range,
     )
 
 
@@ -206,45 +169,3 @@ def _classes_of(name: str, weights: str) -> int:
     report = compare(apply_rules(arrays, rules), shapes_of(network))
     counts = [found[0] for _, found, own in report.wrong_shape if own[0] == DEFAULT_CLASSES]
     return counts[0] if counts else DEFAULT_CLASSES
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
-    """The resolved configuration as a dictionary, which is what files and metadata hold."""
-    container = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
-def self_contained(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's configuration with `weights: null` in every part: the file has them all."""
-    return {
-        key: self_contained(value)
-        if isinstance(value, Mapping)
-        else (None if key == "weights" else value)
-        for key, value in config.items()
-    }
-
-
-def default_classes(count: int) -> Classes:
-    """The data set whose class count is `count`, else numbered classes in distinct colours.
-
-    Only names and colours depend on this guess; a run's own file always brings its classes.
-    """
-    known = {11: "camvid", 19: "cityscapes", 21: "pascal_voc12", 150: "ade20k"}
-    if count in known:
-        return read_classes(known[count])
-    hues = (np.arange(count) * 0.618034 % 1.0 * 179).astype(np.uint8)
-    hsv = np.stack([hues, np.full(count, 200, np.uint8), np.full(count, 220, np.uint8)], axis=-1)
-    palette = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]
-    return Classes(tuple(f"class {index}" for index in range(count)), palette, ())
-
-
-def _read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
-    pixels = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if pixels is None:
-        raise SegmillError(f"{path} cannot be read as an image. Is the path right, the file whole?")
-    return np.ascontiguousarray(pixels[..., ::-1])
-
-
-def _protocol(stamp: Mapping[str, Any]) -> Protocol:
-    return Protocol(**{key: value for key, value in stamp.items() if key != "version"})

@@ -15,10 +15,10 @@ from torch import Tensor
 from segmill.cli import main
 from segmill.commands import adapt
 from segmill.commands.adapt_parts import AdaptParts, build_adapt_parts
-from segmill.configuration import build, compose
+from segmill.configuration import build, compose, plain
 from segmill.data.classes import read_classes
 from segmill.metrics import SCALARS
-from segmill.segmenter import Segmenter, plain, save_segmenter
+from segmill.segmenter import Segmenter, save_segmenter
 from segmill.tta.module import TTAModule
 from tiny_adaptation import TASKS, adapt_tiny, results_of, tiny_adapt_words
 

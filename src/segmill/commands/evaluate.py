@@ -16,13 +16,13 @@ from segmill.commands.reporting import Scored, report
 from segmill.commands.run_folder import new_run_folder, write_provenance
 from segmill.commands.trainer import build_trainer
 from segmill.commands.trainer_settings import LoggingSettings, TrainerSettings
-from segmill.configuration import Invocation, build
+from segmill.configuration import Invocation, build, plain
 from segmill.data.datamodule import SegmentationData
 from segmill.errors import SegmillError
 from segmill.evaluation import EvaluationModule
 from segmill.models.discriminative import Discriminative
 from segmill.protocol import Protocol
-from segmill.segmenter import Segmenter, open_segmenter, plain
+from segmill.segmenter import Segmenter, open_segmenter
 
 log = logging.getLogger(__name__)
 

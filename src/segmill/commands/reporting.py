@@ -63,16 +63,17 @@ def report(scored: Scored, folder: Path) -> None:
         title=folder.name,
         command=_read(folder / "command.txt"),
         classes=scored.classes,
-        results=[
-            Result(
-                run_of(folder), protocol_text(scored.protocol), scored.confusion, absent_class=absent
-            )
-        ],
+        results=[_result(scored, run_of(folder))],
         facts=_report_facts(folder, facts),
         curves=curves_of(folder),
         examples=examples_of(scored),
         tables=[],
     )
+
+
+def _result(scored: Scored, name: str) -> Result:
+    protocol = scored.protocol
+    return Result(name, protocol_text(protocol), scored.confusion, protocol.absent_class)
 
 
 def _facts(scored: Scored) -> dict[str, Any]:

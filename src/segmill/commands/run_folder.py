@@ -15,7 +15,16 @@ from omegaconf import DictConfig, OmegaConf
 from segmill import __version__
 
 HANDED_DOWN = "SEGMILL_RUN_FOLDER"  # Lightning starts the other ranks with the same command line
-PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "timm", "transformers", "jittor", "numpy")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "lightning",
+    "torchmetrics",
+    "timm",
+    "transformers",
+    "jittor",
+    "numpy",
+)
 
 
 def new_run_folder(output_dir: str, name: str) -> Path:

@@ -26,11 +26,11 @@ from segmill.commands.trainer import (
     build_trainer,
     world_size,
 )
-from segmill.configuration import Invocation, build
+from segmill.configuration import Invocation, build, plain
 from segmill.data.datamodule import SegmentationData
 from segmill.errors import SegmillError
 from segmill.models.discriminative import Discriminative
-from segmill.segmenter import Segmenter, plain, save_segmenter
+from segmill.segmenter import Segmenter, save_segmenter
 from segmill.training import SegmentationModule
 
 log = logging.getLogger(__name__)

@@ -8,15 +8,16 @@ import torch
 
 import segmill
 from segmill.checkpoint.load import save_safetensors
-from segmill.configuration import build, compose
+from segmill.configuration import build, compose, plain
 from segmill.errors import SegmillError
+from segmill.model_file import default_classes
 from segmill.models.discriminative import Discriminative
 from segmill.models.generative.classifier import GuideClassifier, ReadOut, class_shares
 from segmill.models.generative.codec import PixelCodec, TinyCodec
 from segmill.models.generative.sit import SiTGuide
 from segmill.models.generative.transformer import DiffusionTransformer
 from segmill.models.guide_view import GuideView
-from segmill.segmenter import Segmenter, default_classes, plain, save_segmenter
+from segmill.segmenter import Segmenter, save_segmenter
 from tiny_run import train_tiny
 
 CLASSES = 3
