@@ -50,7 +50,7 @@ LAYERS: list[tuple[str, int, set[str] | None]] = [
     ("models.guide_view", 3, TORCH_LIBRARIES),
     ("models.discriminative", 4, TORCH_LIBRARIES),
     ("models.generative.*", 4, TORCH_LIBRARIES),
-    *((name, 5, TORCH_LIBRARIES) for name in ("models.*", "inference", "optim", "cost", "measure")),
+    *((name, 5, TORCH_LIBRARIES) for name in ("models.*", "inference", "draws", "optim", "cost", "measure")),
     *((name, 6, LIGHTNING_LIBRARIES) for name in ("training", "evaluation", "callbacks", "tta.*")),
     ("evidence", 1, PORTABLE_LIBRARIES),
     ("jittor.*", 1, JITTOR_LIBRARIES),

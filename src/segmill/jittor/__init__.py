@@ -1,0 +1,1 @@
+"""The second runtime: DFormer on pure Jittor. Mirrors the modules of segmill that need torch."""

@@ -1,0 +1,1 @@
+"""Heads of the Jittor runtime, one family a file."""
