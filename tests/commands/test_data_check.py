@@ -33,6 +33,30 @@ def test_a_good_data_set_is_described(root: Path, capsys: pytest.CaptureFixture[
     assert "segmill train data=camvid" in out.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.uint8, "depth 0 to 200 (8 bit, as it is); 25.0% of the depth is 0, nearest or not"),
+        (np.uint16, "depth 200 to 200; 25.0% of the depth not measured"),
+    ],
+)
+def test_depth_is_described_for_each_split(
+    root: Path, capsys: pytest.CaptureFixture[str], values: type, expected: str
+):
+    for split in ("train", "val", "test"):
+        depth = np.full((24, 32), 200, values)
+        depth[:6] = 0
+        (root / "depth" / split).mkdir(parents=True)
+        Image.fromarray(depth).save(root / f"depth/{split}/one.png")
+    words = ["data.depth='depth/{split}/{name}.png'", "data.channels=4"]
+    if values is np.uint16:
+        words.append("data.depth_range=[0,255]")
+    assert check(root, *words) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for split in ("train", "val", "test"):
+        assert f"{split}: 1 samples; size 32 x 24 (1); {expected}" in text
+
+
 def test_all_problems_of_all_splits_are_printed(root: Path, capsys: pytest.CaptureFixture[str]):
     (root / "images/train/one.jpg").write_bytes(b"")
     Image.fromarray(np.full((24, 32), 99, np.uint8)).save(root / "masks/val/one.png")

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 from tiny_folder import tiny_dataset, write_label, write_samples
 
 from segmill.data.check import check_dataset
@@ -23,8 +24,40 @@ def test_counts_sizes_and_depth_are_reported(tmp_path: Path):
     assert report.ignored == 0
     assert report.sizes == {(32, 24): 2}
     assert report.depth_range == (500, 9000)
-    assert report.depth_missing == 0.5
+    assert report.depth_zero == 0.5
     assert done == [1, 2]
+
+
+@pytest.mark.parametrize(("nearest", "expected", "zero"), [(0, (0, 200), 0.5), (7, (7, 200), 0.0)])
+def test_8_bit_depth_as_it_is_has_its_zeros_in_the_range(
+    tmp_path: Path, nearest: int, expected: tuple[int, int], zero: float
+):
+    write_samples(tmp_path, "a")
+    depth = np.full((24, 32), 200, np.uint8)
+    depth[:12] = nearest
+    cv2.imwrite(str(tmp_path / "a.png"), depth)
+    report = check_dataset(tiny_dataset(tmp_path, depth="{name}.png"))
+    assert report.problems == []
+    assert report.depth_as_it_is
+    assert report.depth_range == expected
+    assert report.depth_zero == zero
+
+
+def test_16_bit_depth_without_a_range_is_a_problem_with_its_values(tmp_path: Path):
+    write_samples(tmp_path, "a")
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((24, 32), 3000, np.uint16))
+    report = check_dataset(tiny_dataset(tmp_path, depth="{name}.png"))
+    assert len(report.problems) == 1
+    assert "a.png is 16-bit (highest value 3000)" in report.problems[0]
+
+
+def test_depth_that_was_never_measured_has_no_range(tmp_path: Path):
+    write_samples(tmp_path, "a")
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((24, 32), np.uint16))
+    dataset = tiny_dataset(tmp_path, depth="{name}.png", depth_range=(0.0, 9.0))
+    report = check_dataset(dataset)
+    assert report.depth_range is None
+    assert report.depth_zero == 1.0
 
 
 def test_every_looks_at_some_only(tmp_path: Path):

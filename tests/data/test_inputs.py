@@ -126,5 +126,12 @@ def test_missing_or_misfitting_depth_is_an_error(folder, tmp_path):
     cv2.imwrite(str(tmp_path / "d.png"), np.zeros((6, 9), np.uint8))
     with pytest.raises(DataError, match="9 x 6, but its image is 8 x 6"):
         read(folder / "a.png", depth=tmp_path / "d.png", depth_range=(0.0, 255.0))
-    with pytest.raises(DataError, match="depth_range"):
+
+
+def test_8_bit_depth_of_a_model_without_a_range_stays_as_it_is(folder, tmp_path):
+    cv2.imwrite(str(tmp_path / "d.png"), np.full((6, 8), 77, np.uint8))
+    (item,) = read(folder / "a.png", depth=tmp_path / "d.png")
+    assert (item.image[..., 3] == 77).all()
+    cv2.imwrite(str(tmp_path / "d.png"), np.full((6, 8), 3210, np.uint16))
+    with pytest.raises(DataError, match=r"d\.png is 16-bit \(highest value 3210\).*depth_range"):
         read(folder / "a.png", depth=tmp_path / "d.png")

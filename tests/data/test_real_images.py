@@ -3,10 +3,13 @@
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import torch
 from tiny_folder import CLASSES
 
+from segmill.configuration import build, compose
 from segmill.data.check import check_dataset
 from segmill.data.classes import Classes, read_classes
 from segmill.data.folder import DataError, FolderDataset
@@ -102,10 +105,72 @@ def test_nyu_depth_is_a_channel_and_its_holes_are_counted(real_data: Path, tmp_p
     assert report.problems == []
     assert report.depth_range is not None
     assert 400 < report.depth_range[0] < report.depth_range[1] < 10000  # mm, an indoor scene
-    assert report.depth_missing is not None
-    assert 0 < report.depth_missing < 0.5
+    assert report.depth_zero is not None
+    assert 0 < report.depth_zero < 0.5
     holes = dataset.read_depth(0) == 0
     assert not dataset[0].image[..., 3][holes].any()
+
+
+def test_nyus_holes_are_the_share_of_the_raw_depth_and_inpainting_fills_them(
+    real_data: Path, tmp_path: Path
+):
+    shutil.copytree(real_data / "samples/rgbd_nyuv2_1407", tmp_path / "1407")
+    (tmp_path / "all.txt").write_text("1407\n")
+    raw, inpainted = (
+        nyu(tmp_path, depth=f"{{name}}/depth_mm_{kind}.png") for kind in ("raw", "inpainted")
+    )
+    reports = [check_dataset(dataset) for dataset in (raw, inpainted)]
+    assert [report.problems for report in reports] == [[], []]
+    # Counted in the file: 0 in 39646 of its 560 x 425 pixels.
+    assert reports[0].depth_zero == pytest.approx(39646 / (560 * 425), abs=1e-12)
+    assert reports[0].depth_range == (1925, 9625)
+    assert reports[1].depth_zero == 0.0
+    assert reports[1].depth_range == (1923, 9484)
+
+
+def test_a_tiny_dformer_takes_nyus_depth_in_dformers_layout(real_data: Path, tmp_path: Path):
+    """As DFormer has it: 8 bits from nearest to farthest, beside the colour image."""
+    sample = real_data / "samples/rgbd_nyuv2_1407"
+    millimetres = cv2.imread(str(sample / "depth_mm_inpainted.png"), cv2.IMREAD_UNCHANGED)
+    assert millimetres is not None
+    nearest, farthest = int(millimetres.min()), int(millimetres.max())
+    depth = np.rint((millimetres.astype(float) - nearest) * 255 / (farthest - nearest))
+    for folder in ("RGB", "Depth", "Label"):
+        (tmp_path / folder).mkdir()
+    colour = cv2.imread(str(sample / "rgb.png"))
+    assert colour is not None
+    cv2.imwrite(str(tmp_path / "RGB/1407.jpg"), colour)
+    cv2.imwrite(str(tmp_path / "Depth/1407.png"), depth.astype(np.uint8))
+    shutil.copy(sample / "label13.png", tmp_path / "Label/1407.png")
+    (tmp_path / "test.txt").write_text("RGB/1407.jpg\n")
+    config = compose("train", ["model=dformer-tiny", "data=nyu_depth_v2"])
+    keys = config.data
+    dataset = FolderDataset(
+        data_root=tmp_path,
+        **{key: keys[key] for key in ("image", "label", "depth", "depth_range", "label_format")},
+        splits={"test": {"list": "test.txt"}},
+        split="test",
+        label_map={0: "ignore", "1-40": "0-39"},
+        classes=read_classes("nyu_depth_v2"),
+    )
+    report = check_dataset(dataset)
+    assert report.problems == []
+    assert report.depth_range == (0, 255)
+    assert report.depth_zero is not None
+    assert 0 < report.depth_zero < 0.01
+    backbone = config.model.network.backbone
+    backbone.widths, backbone.depths = [16, 32, 32, 64], [1, 1, 1, 1]
+    config.model.network.decode_head.update(ham_channels=32, channels=32, rank=8)
+    model = build(config.model).eval()
+    channels = torch.from_numpy(dataset[0].image[:192, :256]).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        torch.manual_seed(0)
+        logits = model(channels)
+        torch.manual_seed(0)
+        flat = model(channels * torch.tensor([1, 1, 1, 0], dtype=torch.uint8).view(1, 4, 1, 1))
+    assert logits.shape == (1, 40, 24, 32)
+    assert logits.isfinite().all()
+    assert not torch.equal(logits, flat)
 
 
 def test_nyu_without_a_depth_range_says_what_to_set(real_data: Path, tmp_path: Path):

@@ -93,11 +93,17 @@ def described(report: DataReport) -> str:
     parts = [f"{report.samples} samples", f"size {text or '-'}"]
     if others:
         parts.append(f"{others} other sizes")
-    if report.depth_range is not None:
-        parts.append(f"depth {report.depth_range[0]} to {report.depth_range[1]}")
-    if report.depth_missing is not None:
-        parts.append(f"{report.depth_missing:.1%} of the depth not measured")
+    if report.depth_zero is not None:
+        parts += _described_depth(report.depth_zero, report)
     return "; ".join(parts)
+
+
+def _described_depth(zero: float, report: DataReport) -> Iterator[str]:
+    as_it_is = " (8 bit, as it is)" if report.depth_as_it_is else ""
+    if report.depth_range is not None:
+        yield f"depth {report.depth_range[0]} to {report.depth_range[1]}{as_it_is}"
+    meaning = "is 0, nearest or not measured" if report.depth_as_it_is else "not measured"
+    yield f"{zero:.1%} of the depth {meaning}"
 
 
 def _look(

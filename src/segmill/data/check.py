@@ -15,14 +15,19 @@ from segmill.data.sample import IGNORE
 
 @dataclass
 class DataReport:
-    """What the files of one split hold. `sizes` counts (width, height)."""
+    """What the files of one split hold. `sizes` counts (width, height).
+
+    Depth with a `data.depth_range` has 0 for "not measured", and its range is of what is. 8-bit
+    depth that is taken as it is (DFormer's files) has a range that includes 0, its nearest value.
+    """
 
     samples: int
     pixels: Int[np.ndarray, " K"]
     ignored: int = 0
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    depth_range: tuple[int, int] | None = None  # smallest and largest measured value
-    depth_missing: float | None = None  # share of pixels without a measurement
+    depth_range: tuple[int, int] | None = None  # smallest and largest value of the files
+    depth_zero: float | None = None  # share of pixels whose value is 0
+    depth_as_it_is: bool = False
     problems: list[str] = field(default_factory=list)
 
 
@@ -32,7 +37,7 @@ class _Seen:
 
     counts: Int[np.ndarray, "256"] | None = None
     size: tuple[int, int] | None = None
-    depth: tuple[int, int, int, int] | None = None  # smallest, largest, pixels measured, pixels
+    depth: tuple[int, int, int, int] | None = None  # smallest, largest, pixels above 0, pixels
     problems: list[str] = field(default_factory=list)
 
 
@@ -51,13 +56,21 @@ def check_dataset(
                 depths.append(seen.depth)
             if progress is not None:
                 progress(done)
+    report.depth_as_it_is = dataset.depth_range is None
     if depths:
-        low, high, measured, pixels = np.array(depths).T
-        some = measured > 0
-        if some.any():
-            report.depth_range = (int(low[some].min()), int(high[some].max()))
-        report.depth_missing = float(1 - measured.sum() / pixels.sum())
+        _add_depths(report, depths)
     return report
+
+
+def _add_depths(report: DataReport, depths: list[tuple[int, int, int, int]]) -> None:
+    low, high, above, pixels = np.array(depths).T
+    some = above > 0
+    report.depth_zero = float(1 - above.sum() / pixels.sum())
+    if report.depth_as_it_is:
+        nearest = 0 if report.depth_zero else int(low.min())
+        report.depth_range = (nearest, int(high.max()))
+    elif some.any():
+        report.depth_range = (int(low[some].min()), int(high[some].max()))
 
 
 def _add(report: DataReport, seen: _Seen) -> None:
@@ -95,9 +108,9 @@ def _look_at_depth(
     if depth is None:
         return
     _kept(lambda: dataset.depth_channel(index, depth), seen.problems)
-    measured = depth[depth > 0]
-    low, high = (int(measured.min()), int(measured.max())) if measured.size else (0, 0)
-    seen.depth = (low, high, measured.size, depth.size)
+    above = depth[depth > 0]
+    low, high = (int(above.min()), int(above.max())) if above.size else (0, 0)
+    seen.depth = (low, high, above.size, depth.size)
     if image is not None:
         _kept(lambda: dataset.require_same_size(index, "depth", depth, image), seen.problems)
 

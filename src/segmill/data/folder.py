@@ -115,15 +115,7 @@ class FolderDataset:
 
     def depth_channel(self, index: int, depth: np.ndarray) -> UInt8[np.ndarray, "H W"]:
         """Depth as the fourth image channel, by `depth_range`."""
-        if self.depth_range is None:
-            if depth.dtype == np.uint8:
-                return depth
-            raise DataError(
-                f"The depth {self.where(index, 'depth')} is 16-bit (highest value "
-                f"{int(depth.max())}), but data.depth_range is null. Set it to the [nearest, "
-                "farthest] values of the files, for example [0, 10000] for mm up to 10 m."
-            )
-        return depth_channel(depth, self.depth_range)
+        return depth_channel(depth, self.depth_range, self.where(index, "depth"))
 
     def path(self, index: int, kind: Kind) -> str:
         """The file's path below `data_root`."""

@@ -68,17 +68,18 @@ def iter_inputs(
     """Decode the inputs one at a time.
 
     `depth` is a depth file (for a single image) or a folder that holds NAME.png for every image;
-    `depth_range` says which of its values become 0 and 255.
+    `depth_range` says which of its values become 0 and 255; None: they are 8-bit as the model was
+    trained on them.
     """
     sources = find_inputs(paths)
     if depth is not None:
-        _require_depth(sources, Path(depth), depth_range)
+        _require_depth(sources, Path(depth))
     for source in sources:
         if source.is_video:
             yield from _frames(source)
             continue
         image = decode_image(source.path.read_bytes(), str(source.path))
-        if depth is not None and depth_range is not None:
+        if depth is not None:
             channel = _read_depth(_depth_path(source, Path(depth)), image, depth_range)
             image = np.dstack([image, channel])
         yield Input(source.name, image, None, None)
@@ -129,12 +130,8 @@ def _frames(source: Source) -> Iterator[Input]:
         )
 
 
-def _require_depth(
-    sources: Sequence[Source], depth: Path, depth_range: tuple[float, float] | None
-) -> None:
+def _require_depth(sources: Sequence[Source], depth: Path) -> None:
     """Find missing depth files before the first prediction."""
-    if depth_range is None:
-        raise DataError(f"depth_range is not set: which values of {depth} are nearest, farthest?")
     for source in sources:
         if source.is_video:
             raise DataError(
@@ -156,7 +153,7 @@ def _depth_path(source: Source, depth: Path) -> Path:
 
 
 def _read_depth(
-    path: Path, image: UInt8[np.ndarray, "H W C"], depth_range: tuple[float, float]
+    path: Path, image: UInt8[np.ndarray, "H W C"], depth_range: tuple[float, float] | None
 ) -> UInt8[np.ndarray, "H W"]:
     depth = decode_depth(path.read_bytes(), str(path))
     if depth.shape != image.shape[:2]:
@@ -164,4 +161,4 @@ def _read_depth(
             f"The depth {path} is {depth.shape[1]} x {depth.shape[0]}, but its image is "
             f"{image.shape[1]} x {image.shape[0]} (width x height). Do they belong together?"
         )
-    return depth_channel(depth, depth_range)
+    return depth_channel(depth, depth_range, str(path))
