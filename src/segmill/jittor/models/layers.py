@@ -22,9 +22,9 @@ def constant(array: Shaped[np.ndarray, "..."]) -> jt.Var:
     return jt.array(array).stop_grad()
 
 
-def filled(width: int, value: float) -> Float[jt.Var, " D"]:
-    """A vector of that value; an array as after loading and updating, not an operation."""
-    return jt.array(np.full(width, value, np.float32))
+def filled(shape: int | Sequence[int], value: float) -> Float[jt.Var, "..."]:
+    """That value everywhere; an array as after loading and updating, not an operation."""
+    return jt.array(np.full(shape, value, np.float32))
 
 
 def uniform_weight(shape: Sequence[int], bound: float) -> jt.Var:
