@@ -34,7 +34,7 @@ LAYERS: list[tuple[str, int, set[str] | None]] = [
     ("convert.*", 0, PORTABLE_LIBRARIES),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("errors", "files", "metrics", "paths")),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("protocol", "views", "windows")),
-    *((name, 0, PORTABLE_LIBRARIES) for name in ("parameter_rules", "schedules")),
+    *((name, 0, PORTABLE_LIBRARIES) for name in ("parameter_rules", "schedules", "validation")),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("bootstrap", "tta.results")),
     ("model_file", 1, PORTABLE_LIBRARIES),
     ("report.*", 1, REPORT_LIBRARIES),

@@ -10,6 +10,8 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 
+from segmill.validation import ValidationSchedule
+
 log = logging.getLogger(__name__)
 
 
@@ -111,6 +113,44 @@ class ScoreLastStep(Callback):
         """Lightning validates before a stop that was asked for, not before `max_steps`."""
         if trainer.global_step >= trainer.max_steps:
             trainer.should_stop = True
+
+
+class SkipValidations(Callback):
+    """Of the validations that Lightning would run, only those of a schedule and the last one."""
+
+    def __init__(self, schedule: ValidationSchedule) -> None:
+        self._schedule = schedule
+        self._limit: int | float = 1.0
+
+    def on_fit_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,  # noqa: ARG002
+    ) -> None:
+        """The limit of a whole validation, which a trial run has lowered."""
+        self._limit = trainer.limit_val_batches
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Lightning asks whether to validate after this hook, and never with a limit of 0."""
+        step = trainer.global_step
+        wanted = self._schedule.due(step) or step >= trainer.max_steps
+        trainer.limit_val_batches = self._limit if wanted else 0
+
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,  # noqa: ARG002
+        exception: BaseException,  # noqa: ARG002
+    ) -> None:
+        """Leave the trainer as it was."""
+        trainer.limit_val_batches = self._limit
 
 
 class SaveOnInterrupt(Callback):

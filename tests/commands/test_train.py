@@ -217,12 +217,33 @@ def _state(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("val_every", [4, 100])
 def test_the_last_step_is_validated_whatever_val_every_is(tmp_path: Path, val_every: int) -> None:
     folder = train_tiny(tmp_path, trainer__max_steps=6, trainer__val_every=val_every)
-    rows = (folder / "metrics.csv").read_text().splitlines()
-    scored = [dict(zip(rows[0].split(","), row.split(","), strict=True)) for row in rows[1:]]
-    steps = [int(row["step"]) for row in scored if row["val/mIoU"]]
-    assert steps == ([3, 5] if val_every == 4 else [5])  # counted from 0
+    assert scored_steps(folder) == ([4, 6] if val_every == 4 else [6])
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 6
     assert (folder / "best.ckpt").is_file()
+
+
+def scored_steps(folder: Path) -> list[int]:
+    """Optimizer steps done at each validation."""
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    rows = [dict(zip(rows[0].split(","), row.split(","), strict=True)) for row in rows[1:]]
+    return [int(row["step"]) + 1 for row in rows if row["val/mIoU"]]
+
+
+@pytest.mark.parametrize(("accumulate", "last"), [(1, 12), (2, 9)])
+def test_only_the_epochs_that_are_due_and_the_last_step_are_validated(
+    tmp_path: Path, accumulate: int, last: int
+) -> None:
+    """Epochs of two steps: after the first, after each third, after each beyond the fourth."""
+    schedule = "{_target_: segmill.validation.ValidationSchedule, epoch_steps: 2, every: 3, "
+    folder = train_tiny(
+        tmp_path,
+        trainer__validation=f"{schedule}each_after: 4}}",
+        trainer__val_every=2,
+        trainer__accumulate=accumulate,
+        trainer__max_steps=last,
+    )
+    assert scored_steps(folder) == ([2, 6, 10, 12] if last == 12 else [2, 6, 9])
+    assert json.loads((folder / "metrics.json").read_text())["images"] == 3
 
 
 @pytest.mark.parametrize(
@@ -232,6 +253,10 @@ def test_the_last_step_is_validated_whatever_val_every_is(tmp_path: Path, val_ev
         {"data__batch_size": 3, "trainer__accumulate": 2},
         {"trainer__val_every": 0},
         {"trainer__max_steps": 0},
+        {
+            "trainer__validation": "{_target_: segmill.validation.ValidationSchedule, "
+            "epoch_steps: 2, every: 3, each_after: 4}"  # while val_every is 3
+        },
     ],
 )
 def test_a_run_that_cannot_start_leaves_no_folder(tmp_path: Path, change: dict[str, Any]) -> None:

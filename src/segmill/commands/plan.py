@@ -50,7 +50,7 @@ def plan(config: DictConfig, parts: Parts) -> dict[str, str]:
         "global batch": f"{data.batch_size} = {world} device(s) x {share} image(s) x "
         f"{settings.accumulate} accumulated",
         "length": f"{settings.max_steps} steps = {seen} images = {seen / images:.1f} epochs, "
-        f"validation every {settings.val_every}",
+        f"validation {settings.validation or f'every {settings.val_every}'}",
         "learning rate": ", ".join(f"step {step}: {rate:.3g}" for step, rate in rates.items()),
         "precision": settings.precision,
         "protocol": ", ".join(f"{k} {v}" for k, v in data.protocol.stamp().items()),

@@ -14,7 +14,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveragi
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from segmill.callbacks import DataTime, Progress, ProgressLines, ScoreLastStep
+from segmill.callbacks import (
+    DataTime,
+    Progress,
+    ProgressLines,
+    ScoreLastStep,
+    SkipValidations,
+)
 from segmill.commands.accounts import has_wandb_key
 from segmill.commands.quiet import quiet_lightning
 from segmill.commands.trainer_settings import LoggingSettings, TrainerSettings, WandbSettings
@@ -117,6 +123,8 @@ def _callbacks(settings: TrainerSettings, folder: Path) -> list[Callback]:
     )
     layout = Layout(channels_last=settings.channels_last, compiled=settings.compile)
     callbacks: list[Callback] = [layout, DataTime(), ScoreLastStep(), best]
+    if settings.validation is not None:
+        callbacks.append(SkipValidations(settings.validation))
     if settings.progress:
         callbacks.append(Progress() if _has_bar(settings) else ProgressLines())
     if settings.ema is not None:

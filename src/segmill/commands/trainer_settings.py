@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from segmill.errors import SegmillError
+from segmill.validation import ValidationSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSettings:
-    """Where and how long to train; steps are optimizer steps, whatever the accumulation."""
+    """Where and how long to train; steps are optimizer steps, whatever the accumulation.
+
+    Validation comes every `val_every` steps, of these only where `validation` says so, and last.
+    """
 
     accelerator: Literal["auto", "cpu", "gpu"]
     devices: int | Sequence[int] | Literal["auto"]
@@ -33,6 +37,8 @@ class TrainerSettings:
     log_every: int
     progress: bool
     fast_dev_run: bool
+    # With a default, so that files of older runs still fit.
+    validation: ValidationSchedule | None = None
 
     def __post_init__(self) -> None:
         for name in ("nodes", "val_every", "accumulate", "log_every"):
@@ -40,6 +46,12 @@ class TrainerSettings:
                 raise SegmillError(
                     f"trainer.{name}={getattr(self, name)} should be a whole number from 1 on."
                 )
+        if self.validation is not None and self.val_every != self.validation.epoch_steps:
+            raise SegmillError(
+                f"trainer.val_every={self.val_every}, but trainer.validation counts epochs of "
+                f"{self.validation.epoch_steps} steps. Make them equal, or for a validation every "
+                "trainer.val_every steps set trainer.validation=null."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

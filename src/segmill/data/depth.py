@@ -19,9 +19,9 @@ def depth_channel(
             return depth
         raise DataError(
             f"The depth {where} is 16-bit (highest value {int(depth.max())}), but data.depth_range "
-            "is null, which takes 8-bit files as they are. Set it to the [nearest, farthest] of the "
-            "files, for example [0, 10000] for mm up to 10 m, or convert them to what the model was "
-            "trained on."
+            "is null, which takes 8-bit files as they are. Set it to the [nearest, farthest] of "
+            "the files, for example [0, 10000] for mm up to 10 m, or convert them to what the "
+            "model was trained on."
         )
     nearest, farthest = depth_range
     scaled = np.rint((depth.astype(np.float32) - nearest) * (255 / (farthest - nearest)))
