@@ -46,9 +46,9 @@ MODELS = [
     _slow_unless(_stands_alone(option), name)
     for name, option in sorted(fitting("train", "model").items())
 ]
-# The published recipes are many and alike; test_recipes composes one of each family.
+# Published recipes are many and alike; test_recipes and test_rgbd_recipes compose some of them.
 EXPERIMENTS = [
-    _slow_unless(not name.startswith(("ade20k/", "cityscapes/")), short)
+    _slow_unless(not name.startswith(("ade20k/", "cityscapes/", "rgbd/")), short)
     for short, name in sorted(options("experiment").items())
 ]
 BACKBONES = sorted(options("model/backbone"))

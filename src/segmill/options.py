@@ -13,7 +13,7 @@ from segmill.commands.settings import BUILDS
 from segmill.paths import CONFIGS
 
 # A short option name is also looked for in these subfolders of its group.
-SUBFOLDERS = {"model": ("discriminative",), "experiment": ("adapt", "ade20k", "cityscapes")}
+SUBFOLDERS = {"model": ("discriminative",), "experiment": ("adapt", "ade20k", "cityscapes", "rgbd")}
 
 
 def config_folders() -> tuple[Path, ...]:
