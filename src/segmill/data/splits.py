@@ -30,7 +30,7 @@ class Splits:
     `batch_size` is global: all processes and accumulated micro-batches of one optimizer step.
     `transform` takes the place of MMSegmentation's pipeline, whose keys are then null.
     `tiled_epochs`: an epoch is batch_size x (samples // batch_size + 1) samples, the whole list and
-    a remainder drawn once (DFormer); else every sample comes once. `channel_order` is the order in
+    a remainder drawn anew (DFormer); else every sample comes once. `channel_order` is the order in
     which the data set's published recipes feed the network: models that follow them read it, images
     stay RGB here.
     """

@@ -49,7 +49,7 @@ class TrainStream:
     """Sample at a position of the stream: shuffled anew in every epoch, augmented.
 
     An epoch of more samples than there are (`epoch_length`) repeats the whole list as often as it
-    fits and fills up with samples that are drawn once, for all epochs (DFormer's tiled epochs).
+    fits and fills up with samples that are drawn anew in every epoch (DFormer's tiled epochs).
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TrainStream:
         place = shuffled(position, self._length, self._seed)
         if place < self._length - self._length % count:
             return place % count
-        return int(_remainder(count, self._seed)[place % count])
+        return int(_remainder(count, self._seed, position // self._length)[place % count])
 
 
 class StepBatches:
@@ -136,5 +136,5 @@ def _permutation(length: int, seed: int, epoch: int) -> Int[np.ndarray, " N"]:
 
 
 @lru_cache(maxsize=4)
-def _remainder(length: int, seed: int) -> Int[np.ndarray, " N"]:
-    return np.random.RandomState([seed, 2]).permutation(length)
+def _remainder(length: int, seed: int, epoch: int) -> Int[np.ndarray, " N"]:
+    return np.random.RandomState([seed, 2, epoch]).permutation(length)
