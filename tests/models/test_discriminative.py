@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import golden
 from segmill.errors import SegmillError
 from segmill.models.discriminative import Discriminative
 
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+IMAGENET: dict[str, Any] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 class Echo(nn.Module):
@@ -82,7 +84,7 @@ def test_depth_has_statistics_of_its_own():
 
 
 def test_a_network_that_expects_blue_first_gets_it_under_the_statistics_as_they_stand():
-    four = {"mean": [0.1, 0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7, 0.8]}
+    four: dict[str, Any] = {"mean": [0.1, 0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7, 0.8]}
     model = Discriminative(network=Echo(), **four, channel_order="bgr")
     image = torch.tensor([10.0, 20.0, 30.0, 40.0]).view(1, 4, 1, 1)  # red, green, blue, depth
     expected = [(30 / 255 - 0.1) / 0.5, (20 / 255 - 0.2) / 0.6, (10 / 255 - 0.3) / 0.7]
