@@ -21,6 +21,7 @@ class Verb:
     """
 
     module: str
+    jittor: str | None = None  # the module for runtime=jittor
     function: str = "run"
     summary: str
     usage: str
@@ -48,6 +49,7 @@ EXPECTED: dict[Callable[[str], Any], str] = {int: "a whole number", yes_or_no: "
 VERBS: dict[str, Verb] = {
     "train": Verb(
         module="segmill.commands.train",
+        jittor="segmill.commands.jittor_train",
         config="train",
         dry_run=True,
         summary="train a model; leaves a run folder with checkpoints, scores and a report",
@@ -74,6 +76,7 @@ VERBS: dict[str, Verb] = {
     ),
     "eval": Verb(
         module="segmill.commands.evaluate",
+        jittor="segmill.commands.jittor_evaluate",
         config="eval",
         summary="score a run or a checkpoint under a named protocol",
         usage="segmill eval run=RUN | model=NAME data=NAME weights=SOURCE [protocol=NAME]",
@@ -114,6 +117,7 @@ VERBS: dict[str, Verb] = {
     ),
     "predict": Verb(
         module="segmill.commands.predict",
+        jittor="segmill.commands.jittor_predict",
         config="predict",
         positional="path",
         summary="segment an image, a folder, a glob or a video: overlay, index PNG, legend",
@@ -206,7 +210,7 @@ VERBS: dict[str, Verb] = {
         ),
     ),
     "convert config": Verb(
-        module="segmill.commands.convert",
+        module="segmill.commands.convert_config",
         function="run_config",
         arguments={
             "file": Path,

@@ -1,4 +1,4 @@
-"""`segmill convert weights` and `convert config`: come here from another code base."""
+"""`segmill convert weights`: the weights of any checkpoint in another format."""
 
 from __future__ import annotations
 
