@@ -61,6 +61,13 @@ def test_the_best_published_recipe_comes_first():
     assert (first.name, second.name) == ("fcn_r50-d8_ade20k_160k", "fcn_r50-d8_ade20k_80k")
 
 
+def test_a_score_with_ms_and_flip_alone_says_so(capsys):
+    text = printed(capsys, "dformer-tiny")
+    assert "experiment=dformer-tiny_nyu" in text
+    assert "51.80 (ms+flip) mIoU" in text
+    assert "NYUv2_DFormer_Tiny.pth" in text
+
+
 def test_every_model_has_a_size():
     """Else: python scripts/measure_models.py NAME ..."""
     table = models.sizes_file()

@@ -36,7 +36,8 @@ HEADINGS = ("model", "family", "M parameters", "GFLOPs", "mIoU", "ms+flip", "exp
 LEFT = (0, 1, 6)  # text; the other columns are numbers
 NOTE = (
     f"Sizes at {SIDE} x {SIDE} and {NUM_CLASSES} classes, two operations for each multiply-add. "
-    "mIoU in percent, one scale and ms+flip: MMSegmentation's, with pretrained backbones. "
+    "mIoU in percent, one scale and ms+flip, with pretrained backbones: MMSegmentation's, those of "
+    "DFormer its authors'. "
     "`...` stands for the model's name."
 )
 
@@ -58,6 +59,11 @@ class Recipe(NamedTuple):
     mIoU: float | None  # noqa: N815  (the standard term)
     mIoU_ms_flip: float | None  # noqa: N815
     checkpoint: str | None
+
+    @property
+    def best(self) -> float:
+        """Recipes are ordered by it: one scale where that was published, else ms+flip, else 0."""
+        return self.mIoU or self.mIoU_ms_flip or 0.0
 
 
 def run(word: str = "", format: str = "table") -> None:
@@ -121,7 +127,7 @@ def recipes() -> dict[str, list[Recipe]]:
         scores = (published.get(key) for key in ("mIoU", "mIoU_ms_flip", "checkpoint"))
         found.setdefault(chosen[0].rpartition("/")[2], []).append(Recipe(name, *scores))
     for each in found.values():
-        each.sort(key=lambda recipe: (-(recipe.mIoU or 0.0), recipe.name))
+        each.sort(key=lambda recipe: (-recipe.best, recipe.name))
     return found
 
 
@@ -201,8 +207,11 @@ def _details(name: str) -> Iterator[str]:
     known = recipes().get(name, [])
     for each in known:
         yield f"recipe      experiment={each.name}"
-        if each.mIoU is not None:
-            yield f"published   {' / '.join(filter(None, map(_percent, each[1:3])))} mIoU"
+        if each.best:
+            scores = (each.mIoU, each.mIoU_ms_flip)
+            ends = ("", "" if each.mIoU else " (ms+flip)")
+            shown = (f"{_percent(s)}{end}" for s, end in zip(scores, ends, strict=True) if s)
+            yield f"published   {' / '.join(shown)} mIoU"
             yield f"            {each.checkpoint}"
     yield ""
     keys = OmegaConf.to_container(_configuration(name), resolve=True)
