@@ -25,7 +25,7 @@ HEIGHT, WIDTH = 48, 64
 def read_keys(name: str, **changes: Any) -> dict[str, Any]:
     config = OmegaConf.create({"data": OmegaConf.load(CONFIGS / "data" / f"{name}.yaml")})
     config.data.merge_with(changes)
-    keys = OmegaConf.to_container(config.data, resolve=True)
+    keys: Any = OmegaConf.to_container(config.data, resolve=True)
     assert isinstance(keys, dict)
     return keys
 

@@ -1,5 +1,7 @@
 """DFormer's transform against its order of operations, recomputed in float64."""
 
+from typing import Any
+
 import cv2
 import numpy as np
 import pytest
@@ -20,14 +22,14 @@ class Drawn(np.random.RandomState):
         super().__init__(0)
         self._mirror, self._first, self._far = mirror, factor, far
 
-    def random_sample(self, size=None):
+    def random_sample(self, size=None) -> Any:
         assert size is None
         return 0.5 if self._mirror else 0.49
 
-    def randint(self, low, high=None, size=None, dtype=int):
-        assert size is None
-        if high is None:
+    def randint(self, *ends: int, **_: Any) -> Any:
+        if len(ends) == 1:
             return self._first
+        low, high = ends
         return round(low + self._far * (high - 1 - low))
 
 
