@@ -26,7 +26,7 @@ class Drawn(np.random.RandomState):
         assert size is None
         return 0.5 if self._mirror else 0.49
 
-    def randint(self, *ends: int, **_: Any) -> Any:
+    def randint(self, *ends: Any, **_: Any) -> Any:
         if len(ends) == 1:
             return self._first
         low, high = ends
