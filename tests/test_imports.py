@@ -29,6 +29,7 @@ LAYERS: list[tuple[str, int, set[str] | None]] = [
     *((f"data.{name}", 6, LIGHTNING_LIBRARIES) for name in ("datamodule", "loader", "task_data")),
     *((f"checkpoint.{name}", 2, TORCH_LIBRARIES) for name in ("load", "inspect", "pretrained")),
     ("checkpoint.sharded", 2, TORCH_LIBRARIES),
+    ("checkpoint.lightning_state", 6, LIGHTNING_LIBRARIES),
     ("data.*", 0, PORTABLE_LIBRARIES),
     ("checkpoint.*", 0, PORTABLE_LIBRARIES),
     ("convert.*", 0, PORTABLE_LIBRARIES),

@@ -126,7 +126,11 @@ def _call_composed(line: Line, verb: Verb) -> int:
         dry_run="--dry-run" in line.flags,
     )
     config = compose(verb.config, overrides)
-    getattr(importlib.import_module(verb.module), verb.function)(config, context)
+    module = verb.module
+    if config.get("runtime") == "jittor":
+        assert verb.jittor is not None  # every command with a runtime has one
+        module = verb.jittor
+    getattr(importlib.import_module(module), verb.function)(config, context)
     return 0
 
 

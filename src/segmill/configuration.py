@@ -25,6 +25,7 @@ from segmill.errors import SegmillError
 from segmill.inspection import keys_of, problems_in
 from segmill.options import config_folders, fits, fitting, groups, options, suggestion, target_of
 from segmill.paths import CONFIGS
+from segmill.twins import prepare_runtime, require_twins, with_twins
 from segmill.typecheck import converted, located, parameters
 
 
@@ -52,10 +53,20 @@ def compose(command: str, overrides: Sequence[str]) -> DictConfig:
     known = [each for each in values if _key_exists(each, base, parsed, problems)]
     lines = [line for each in known for line in _lines(each, base)]
     config = _hydra(command, [*chosen, *lines], problems)
-    problems += problems_in(config, KEYS.get(command))
+    if "runtime" in config and not problems:
+        prepare_runtime(config.runtime)
+    problems += problems_in(_of_runtime(config), KEYS.get(command))
     if problems:
         raise SegmillError(_paragraph(problems))
     return config
+
+
+def _of_runtime(config: DictConfig) -> DictConfig:
+    """What will be built: on Jittor, the twins of what the files name."""
+    if config.get("runtime") != "jittor":
+        return config
+    require_twins(config)
+    return with_twins(config)
 
 
 def build(node: DictConfig | Mapping[str, Any], **extra: Any) -> Any:

@@ -13,6 +13,7 @@ from jaxtyping import Int, Int64, Integer, UInt8
 from torch import Tensor, distributed
 from torchmetrics import Metric
 
+from segmill.draws import draws_of
 from segmill.errors import SegmillError
 from segmill.inference import predict_label
 from segmill.metrics import SCALARS, scores
@@ -115,7 +116,8 @@ class EvaluationModule(lightning.LightningModule):
 def predict_batch(
     model: Discriminative, batch: dict[str, Any], protocol: Protocol
 ) -> Integer[Tensor, "1 H W"]:
-    """Predict the image of an evaluation batch, at its original size."""
+    """Predict the image of an evaluation batch, at its original size; draws belong to the image."""
     images = [model.normalise(image) for image in batch["inputs"]]
     height, width = batch["size"]
-    return predict_label(model.network, images, (int(height), int(width)), protocol)
+    with draws_of(int(batch["index"]), images[0].device):
+        return predict_label(model.network, images, (int(height), int(width)), protocol)

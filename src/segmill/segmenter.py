@@ -26,6 +26,7 @@ from segmill.checkpoint.read import read_checkpoint
 from segmill.checkpoint.report import compare
 from segmill.configuration import build, compose, plain
 from segmill.data.classes import Classes
+from segmill.draws import draws_of
 from segmill.errors import SegmillError
 from segmill.inference import predict_label
 from segmill.model_file import (
@@ -84,7 +85,7 @@ class Segmenter:
     def predict(self, image: str | Path | UInt8[np.ndarray, "H W C"]) -> Prediction:
         """Segment a file or an RGB array (with depth as the fourth channel for RGB-D models)."""
         array = fitting_image(image, channels=self.channels)
-        with torch.inference_mode():
+        with torch.inference_mode(), draws_of(0, self.model.mean.device):
             images = [
                 self.model.normalise(self._tensor(each)) for each in self.protocol.inputs(array)
             ]

@@ -4,6 +4,7 @@ import hashlib
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -17,11 +18,24 @@ STACK_GLOBAL, REDUCE, BUILD, NONE, FALSE, TRUE = b"\x93", b"R", b"b", b"N", b"\x
 TUPLE, TUPLE1, TUPLE3 = b"t", b"\x85", b"\x87"
 
 
-def write_jittor(path: Path, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
-    """Write {name: array} as a dictionary of Jittor variables, whole or not at all."""
-    items = b"".join(_text(name) + _variable(array) for name, array in arrays.items())
-    pickle = PROTOCOL + EMPTY_DICT + MARK + items + SET_ITEMS + STOP
+Tree = Mapping[str, Any]  # a dictionary of arrays, or of such dictionaries
+
+
+def write_jittor(path: Path, arrays: Tree) -> None:
+    """Write {name: array} as a dictionary of Jittor variables, whole or not at all.
+
+    A dictionary within it is written as one.
+    """
+    pickle = PROTOCOL + _dictionary(arrays) + STOP
     write_whole(path, pickle + hashlib.sha1(pickle).digest() + JITTOR_END)
+
+
+def _dictionary(tree: Tree) -> bytes:
+    items = b"".join(
+        _text(name) + (_dictionary(value) if isinstance(value, Mapping) else _variable(value))
+        for name, value in tree.items()
+    )
+    return EMPTY_DICT + MARK + items + SET_ITEMS
 
 
 def _variable(array: Shaped[np.ndarray, "..."]) -> bytes:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import lightning
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from segmill.checkpoint.load import load_weights
-from segmill.commands.reporting import Scored, report
-from segmill.commands.run_folder import new_run_folder, write_provenance
+from segmill.commands.reporting import Scored, report, result_folder
+from segmill.commands.run_config import config_of_run, require_same_classes
+from segmill.commands.run_folder import write_provenance
 from segmill.commands.trainer import build_trainer
 from segmill.commands.trainer_settings import LoggingSettings, TrainerSettings
 from segmill.configuration import Invocation, build, plain
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 def run(config: DictConfig, context: Invocation) -> None:
     """Score `run=` (a run folder or model.safetensors), or `model=` with `weights=`."""
-    config = _with_run(config, context)
+    config = config_of_run(config, context)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     protocol: Protocol = build(config.protocol)
     data: SegmentationData = build(
@@ -38,7 +38,7 @@ def run(config: DictConfig, context: Invocation) -> None:
     split = config.split or data.val_split
     segmenter = _segmenter(config, data, protocol)
     data.dataset(split)  # a split that does not exist is refused before a folder is made
-    folder = _result_folder(config, data, split, protocol)
+    folder = result_folder(config, data, split, protocol)
     write_provenance(folder, config, context.command)
     settings: TrainerSettings = build(config.trainer)
     logging_settings = LoggingSettings.silent()
@@ -76,7 +76,7 @@ def score(
 def _segmenter(config: DictConfig, data: SegmentationData, protocol: Protocol) -> Segmenter:
     if config.run is not None:
         segmenter = replace(open_segmenter(config.run), protocol=protocol)
-        _same_classes(segmenter, data)
+        require_same_classes(segmenter.classes, data)
     else:
         model: Discriminative = build(config.model)
         if config.weights is None:
@@ -94,43 +94,3 @@ def _segmenter(config: DictConfig, data: SegmentationData, protocol: Protocol) -
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return segmenter.to(device) if config.trainer.accelerator != "cpu" else segmenter
-
-
-def _same_classes(segmenter: Segmenter, data: SegmentationData) -> None:
-    if len(segmenter.classes) != len(data.classes):
-        raise SegmillError(
-            f"The model has {len(segmenter.classes)} classes, data={data.name} has "
-            f"{len(data.classes)}: a score would compare different things. Choose the data set "
-            f"that the model was trained for."
-        )
-
-
-def _with_run(config: DictConfig, context: Invocation) -> DictConfig:
-    """Take the data of the run that is evaluated, unless data=... was given; values still win."""
-    if config.run is None or any(item.startswith("data=") for item in context.overrides):
-        return config
-    path = Path(config.run)
-    saved = (path if path.is_dir() else path.parent) / "config.yaml"
-    if not saved.is_file():
-        return config
-    known = OmegaConf.load(saved)
-    chosen = OmegaConf.create({"data": known.data})
-    for override in context.overrides:
-        key = override.partition("=")[0].lstrip("+")
-        if key.startswith("data."):
-            OmegaConf.update(chosen, key, OmegaConf.select(config, key))
-    merged = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
-    merged.data = chosen.data
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def _result_folder(
-    config: DictConfig, data: SegmentationData, split: str, protocol: Protocol
-) -> Path:
-    """Beside the run that was scored; every evaluation has a folder of its own."""
-    name = f"eval_{data.name}_{split}_{protocol.name}"
-    if config.run is not None and Path(config.run).exists():
-        path = Path(config.run)
-        return new_run_folder(str(path if path.is_dir() else path.parent), name)
-    return new_run_folder(config.output_dir, f"{config.model_name}_{name}")

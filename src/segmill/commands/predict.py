@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from segmill.commands.prediction import output_folder, require_depth
 from segmill.configuration import Invocation, build
 from segmill.data.inputs import Input, iter_inputs
 from segmill.errors import SegmillError
@@ -24,15 +25,10 @@ def run(config: DictConfig, context: Invocation) -> None:  # noqa: ARG001
     segmenter = open_segmenter(config.run, weights=config.weights, num_classes=config.num_classes)
     if config.protocol is not None:
         segmenter = replace(segmenter, protocol=build(config.protocol))
-    if (segmenter.channels == 4) != (config.depth is not None):
-        raise SegmillError(
-            f"{config.run} takes {'RGB and depth' if segmenter.channels == 4 else 'RGB only'}, and "
-            f"depth={config.depth}. A model with depth needs depth=FILE or depth=FOLDER (NAME.png "
-            f"for every image); one without it takes none."
-        )
+    require_depth(config.run, channels=segmenter.channels, depth=config.depth)
     paths = [config.path] if isinstance(config.path, str) else list(config.path)
     segmenter.to(_device(config.accelerator))
-    folder = _output_folder(config)
+    folder = output_folder(config)
     inputs = iter_inputs(paths, depth=config.depth, depth_range=segmenter.depth_range)
     count = _predict(segmenter, inputs, folder, alpha=config.alpha)
     log.info("%d image(s) predicted under protocol %s", count, segmenter.protocol.name)
@@ -48,15 +44,6 @@ def _predict(segmenter: Segmenter, inputs: Iterable[Input], folder: Path, *, alp
             if source.frame is None:
                 log.info("%s", overlay)
     return count
-
-
-def _output_folder(config: DictConfig) -> Path:
-    if config.output_dir is not None:
-        return Path(config.output_dir)
-    run = Path(config.run)
-    if run.is_dir():
-        return run / "predictions"
-    return (run.parent if run.is_file() else Path()) / "predictions"
 
 
 def _device(accelerator: str) -> str:

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt8
+from omegaconf import DictConfig
 from rich.console import Console
 
-from segmill.commands.run_folder import environment
+from segmill.commands.run_folder import environment, new_run_folder
 from segmill.data.classes import Classes
 from segmill.data.folder import FolderDataset
+from segmill.data.splits import Splits
 from segmill.files import write_whole
 from segmill.metrics import SCALARS, AbsentClass, scores
 from segmill.protocol import Protocol
@@ -170,3 +172,12 @@ def _by_class(scored: Scored, values: Any) -> dict[str, float | None]:
         name: None if np.isnan(value) else float(value)
         for name, value in zip(scored.classes.names, values, strict=True)
     }
+
+
+def result_folder(config: DictConfig, data: Splits, split: str, protocol: Protocol) -> Path:
+    """Beside the run that was scored; every evaluation has a folder of its own."""
+    name = f"eval_{data.name}_{split}_{protocol.name}"
+    if config.run is not None and Path(config.run).exists():
+        path = Path(config.run)
+        return new_run_folder(str(path if path.is_dir() else path.parent), name)
+    return new_run_folder(config.output_dir, f"{config.model_name}_{name}")

@@ -86,6 +86,13 @@ def _of_torch(torch: Any) -> list[str]:
     return lines
 
 
+def keep_older_metrics(folder: Path) -> None:
+    """A resumed run starts a new metrics.csv; the one that is there gets a number."""
+    metrics = folder / "metrics.csv"
+    if metrics.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
+        metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv'))) + 1}.csv")
+
+
 def _installed(name: str) -> bool:
     try:
         metadata.version(name)

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from segmill.errors import SegmillError
 
+Runtime = Literal["torch", "jittor"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentSettings:
@@ -43,6 +45,7 @@ class RecipeSettings(ExperimentSettings):
 class TrainKeys:
     """Root of configs/train.yaml."""
 
+    runtime: Runtime
     data: Any
     model: Any
     protocol: Any
@@ -64,6 +67,7 @@ class TrainKeys:
 class EvalKeys:
     """Root of configs/eval.yaml."""
 
+    runtime: Runtime
     data: Any
     model: Any
     protocol: Any
@@ -131,6 +135,7 @@ class AdaptKeys:
 class PredictKeys:
     """Root of configs/predict.yaml."""
 
+    runtime: Runtime
     protocol: Any
     data: Any
     run: str

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from segmill.callbacks import SaveOnInterrupt
+from segmill.checkpoint.lightning_state import write_lightning_state
 from segmill.checkpoint.load import load_weights
-from segmill.checkpoint.read import read_any
+from segmill.checkpoint.training_state import read_training_state, steps_of
 from segmill.commands.evaluate import score
 from segmill.commands.plan import dry_run
 from segmill.commands.reporting import report
+from segmill.commands.run_config import resume_point, resumed_config, run_name
 from segmill.commands.run_folder import new_run_folder, write_provenance
 from segmill.commands.trainer import (
     LoggingSettings,
@@ -51,13 +51,13 @@ def run(config: DictConfig, context: Invocation) -> None:
     """Train, or with `--dry-run` only print the plan and take one step."""
     resume = None
     if config.resume is not None:
-        resume = _resume_point(Path(config.resume))
-        config = _resumed_config(resume.parent, config, context)
+        resume = resume_point(Path(config.resume))
+        config = resumed_config(resume.parent, config, context)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     if context.dry_run:
         dry_run(config, build_parts(config, evidence=Path("evidence"), start_step=0))
         return
-    start_step = 0 if resume is None else int(_header(resume)["global_step"])
+    start_step = 0 if resume is None else steps_of(resume) or 0
     parts = build_parts(config, evidence=Path("evidence"), start_step=start_step)
     if parts.settings.fast_dev_run:
         with tempfile.TemporaryDirectory() as scratch:
@@ -66,6 +66,7 @@ def run(config: DictConfig, context: Invocation) -> None:
         return
     # Only now: a run that cannot be built leaves no folder behind.
     folder = resume.parent if resume else new_run_folder(config.output_dir, run_name(config))
+    resume = None if resume is None else _for_lightning(resume, parts)
     parts.module.evidence = folder / "evidence"
     if resume is None:
         write_provenance(folder, config, context.command)
@@ -138,13 +139,6 @@ def build_parts(config: DictConfig, *, evidence: Path, start_step: int) -> Parts
     return Parts(segmenter, data, module, settings, weights)
 
 
-def run_name(config: DictConfig) -> str:
-    """`experiment.name`, else model, data and seed."""
-    if config.experiment.name is not None:
-        return str(config.experiment.name)
-    return f"{config.model_name}_{config.data.name}_seed{config.seed}"
-
-
 def _keep_best(parts: Parts, folder: Path) -> None:
     """Put the best checkpoint's weights into the model, and into model.safetensors."""
     best = folder / "best.ckpt"
@@ -155,45 +149,20 @@ def _keep_best(parts: Parts, folder: Path) -> None:
         save_segmenter(folder / "model.safetensors", parts.segmenter)
 
 
-def _resume_point(path: Path) -> Path:
-    """The checkpoint to go on from: `last.ckpt` of a run folder, or a .ckpt itself."""
-    checkpoint = path / "last.ckpt" if path.is_dir() else path
-    if not checkpoint.is_file():
-        raise SegmillError(
-            f"resume={path}: {checkpoint} does not exist. Give a run folder that has a last.ckpt, "
-            f"or start again without resume."
-        )
-    if "global_step" not in _header(checkpoint):
-        raise SegmillError(
-            f"resume={path}: this file holds weights only, no optimizer and no step, so there is "
-            f"nothing to go on from. Use weights={path} to start at step 0 from these weights."
-        )
-    return checkpoint
-
-
-def _header(checkpoint: Path) -> Mapping[str, Any]:
-    """The training state's top level; reading it whole first refuses a truncated file."""
-    tree = read_any(checkpoint)
-    return tree if isinstance(tree, Mapping) else {}
-
-
-def _resumed_config(folder: Path, config: DictConfig, context: Invocation) -> DictConfig:
-    """The run's own configuration; single values of the new command win, groups may not change."""
-    saved = folder / "config.yaml"
-    if not saved.is_file():
-        raise SegmillError(f"resume: {saved} is missing, so the run's configuration is unknown.")
-    known = OmegaConf.load(saved)
-    changed = OmegaConf.create({})
-    for override in context.overrides:
-        key = override.partition("=")[0]
-        if key in {"resume", "output_dir"}:
-            continue
-        if "." not in key and key != "seed":
-            raise SegmillError(
-                f"resume continues a run as it was; {override} would make it another one. "
-                f"Leave it out, or start a new run with weights={folder}/model.safetensors."
-            )
-        OmegaConf.update(changed, key, OmegaConf.select(config, key))
-    merged = OmegaConf.merge(known, changed)
-    assert isinstance(merged, DictConfig)
-    return merged
+def _for_lightning(resume: Path, parts: Parts) -> Path:
+    """The state in Lightning's form: what Jittor wrote is carried over into a file beside it."""
+    if resume.suffix != ".pkl":
+        return resume
+    carried = resume.with_name("carried.ckpt")
+    write_lightning_state(
+        carried,
+        read_training_state(resume),
+        network=parts.module.model.network,
+        optimizer=parts.module.optimizer_settings.build(parts.module.model.network),
+    )
+    log.info(
+        "%s is Jittor's: weights, AdamW's moments and the step go on here; random draws start anew "
+        "and the best checkpoint is chosen among what follows.",
+        resume,
+    )
+    return carried

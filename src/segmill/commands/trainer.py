@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from segmill.callbacks import (
 )
 from segmill.commands.accounts import has_wandb_key
 from segmill.commands.quiet import quiet_lightning
+from segmill.commands.run_folder import keep_older_metrics
 from segmill.commands.trainer_settings import LoggingSettings, TrainerSettings, WandbSettings
 
 # Settings are named here too: the configurations of older runs do so.
@@ -147,7 +147,7 @@ def _has_bar(settings: TrainerSettings) -> bool:
 
 def build_loggers(settings: LoggingSettings, folder: Path, *, group: str | None) -> list[Logger]:
     """metrics.csv, and what the settings add; `group` puts several runs together in W&B."""
-    _keep_older_metrics(folder)
+    keep_older_metrics(folder)
     loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
     if settings.tensorboard:
         loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
@@ -162,13 +162,6 @@ def finish_loggers(loggers: Sequence[Logger]) -> None:
         logger.finalize("success")
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
-
-
-def _keep_older_metrics(folder: Path) -> None:
-    """A resumed run starts a new metrics.csv; Lightning would delete the one that is there."""
-    metrics = folder / "metrics.csv"
-    if metrics.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
-        metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv'))) + 1}.csv")
 
 
 def _wandb(settings: WandbSettings, folder: Path, group: str | None) -> WandbLogger:

@@ -9,6 +9,8 @@ import numpy as np
 
 from segmill.errors import SegmillError
 
+SMALLEST = 1e-30  # of a squared gradient
+
 
 class Group(TypedDict):
     """Parameters by name, and how they are updated; `lr` may be changed between steps."""
@@ -52,7 +54,8 @@ class AdamW:
         with jt.no_grad():
             mean.update(mean + (gradient - mean) * (1 - slow))
             square.update(square * fast + gradient * gradient * (1 - fast))
-            scale = jt.sqrt(square) / root + self.eps
+            # Compiled with -Ofast, the root of a denormal number is NaN; this one is 1e-7 of eps.
+            scale = jt.sqrt(jt.maximum(square, SMALLEST)) / root + self.eps
             parameter.update(parameter * shrink - mean / scale * rate)
 
     def state(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class _View:
     back_align_corners: bool  # from the network's input to the original image
 
     def logits(self, size: Size) -> Float[jt.Var, "1 K H W"]:
-        """Logits at the original size, waited for, so that the views' memory is freed one by one."""
+        """Logits at the original size, waited for: so one view frees its memory before the next."""
         height, width = self.content
         logits = self._merged()[:, :, :height, :width]
         if self.mirrored:

@@ -1,0 +1,124 @@
+"""Import Jittor offline, with its compiled code in the project's own folder.
+
+Left alone, `import jittor` downloads oneDNN, cub and cutlass, remembers its home for every other
+program of the user, and compiles in RAM / 3 GiB processes. What the user has set stays as it is.
+
+    python -m segmill.jittor.environment    # what `make jittor` runs: link oneDNN, compile, report
+"""
+
+import ctypes
+import functools
+import importlib
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+log = logging.getLogger("segmill.jittor")
+
+# The name under which Jittor 1.3.11 looks for oneDNN below its home.
+ONEDNN = Path(".cache/jittor/mkl/dnnl_lnx_2.2.0_cpu_gomp")
+# Debian's packages libdnnl-dev and ocl-icd-libopencl1.
+DEBIAN = Path("/usr")
+
+
+def prepare() -> ModuleType:
+    """Import Jittor; the first time compiles for minutes, later ones take seconds."""
+    if "jittor" in sys.modules:
+        return sys.modules["jittor"]
+    home = jittor_home()
+    onednn = home / ONEDNN / "lib"
+    found = (onednn / "libmkldnn.so").is_file()
+    defaults = {
+        "nvcc_path": "",
+        "use_cutlass": "0",
+        "use_mkl": str(int(found)),
+        "log_silent": "1",
+        "use_parallel_op_compiler": str(os.cpu_count() or 1),
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    os.environ["JITTOR_HOME"] = str(home)
+    if os.environ["use_mkl"] == "1" and found:  # noqa: SIM112  (Jittor's own spelling)
+        for library in ("libOpenCL.so.1", "libdnnl.so.2"):
+            ctypes.CDLL(str(onednn / library), ctypes.RTLD_GLOBAL)
+    with _user_home(home):  # Jittor writes its home into ~/.cache/jittor/config.json
+        utilities = importlib.import_module("jittor_utils")
+        utilities.home()
+    # At most one compiler a core, whatever the memory.
+    utilities.Pool = functools.partial(_small_pool, multiprocessing.Pool)
+    return importlib.import_module("jittor")
+
+
+def jittor_home() -> Path:
+    """JITTOR_HOME; else `home` beside the environment of `make jittor`; else the user's home."""
+    if "JITTOR_HOME" in os.environ:
+        return Path(os.environ["JITTOR_HOME"]).resolve()
+    own = Path(sys.prefix).parent / "home"
+    return own if own.is_dir() else Path.home()
+
+
+def link_onednn(home: Path, system: Path = DEBIAN) -> bool:
+    """Place Debian's oneDNN where Jittor looks for it; False when it is not installed."""
+    libraries = next(system.glob("lib/*-linux-gnu/libdnnl.so.2"), None)
+    header = system / "include" / "dnnl.hpp"
+    opencl = None if libraries is None else libraries.with_name("libOpenCL.so.1")
+    if libraries is None or opencl is None or not (header.is_file() and opencl.exists()):
+        return False
+    target = home / ONEDNN
+    (target / "lib").mkdir(parents=True, exist_ok=True)
+    links = {
+        "include": system / "include",
+        "lib/libdnnl.so.2": libraries,
+        "lib/libmkldnn.so": libraries,
+        "lib/libOpenCL.so.1": opencl,
+    }
+    for name, source in links.items():
+        (target / name).unlink(missing_ok=True)
+        (target / name).symlink_to(source.resolve())
+    return True
+
+
+@contextmanager
+def _user_home(folder: Path) -> Iterator[None]:
+    before = os.environ.get("HOME")
+    os.environ["HOME"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HOME"]
+        else:
+            os.environ["HOME"] = before
+
+
+def _small_pool(pool: functools.partial, processes: int, **keywords: object) -> object:
+    return pool(min(processes, os.cpu_count() or 1), **keywords)
+
+
+def main() -> None:
+    """Build the environment's compiled part and say what it is."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    home = jittor_home()
+    system = Path(os.environ.get("DNNL_ROOT", DEBIAN))
+    if link_onednn(home, system):
+        log.info("oneDNN of %s is linked: convolutions use it.", system)
+    else:
+        log.info(
+            "oneDNN is not installed (Debian: libdnnl-dev, ocl-icd-libopencl1): Jittor's own "
+            "convolutions are used, several times slower. Its numbers are the same to rounding."
+        )
+    log.info("Compiling Jittor into %s; the first time takes minutes ...", home)
+    jittor = prepare()
+    total = float(jittor.array([1.0, 2.0]).sum().numpy()[0])
+    if total != 3.0:
+        raise SystemExit(f"Jittor adds 1 and 2 to {total}: this build cannot be trusted.")
+    log.info("Jittor %s works.", jittor.__version__)
+
+
+if __name__ == "__main__":
+    main()
