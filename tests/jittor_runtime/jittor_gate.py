@@ -1,51 +1,41 @@
-"""Networks of the Jittor runtime from their YAML, with the golden weights; no torch, no Hydra."""
+"""Networks of the Jittor runtime from their YAML, with the golden weights."""
 
-import importlib
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jittor as jt
 import numpy as np
-import yaml
 
 from golden import DFormerGolden, dformer_bases, dformer_normal
+from segmill import configuration
+from segmill.configuration import compose
 from segmill.jittor import random
 from segmill.jittor.load import load_arrays
 from segmill.jittor.models.layers import resize
+from segmill.twins import with_twins
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "model" / "discriminative"
-SMALL_HEAD = {"ham_channels": 16, "channels": 8, "rank": 4}
 BUILT = [r".+\.(angle|decay)", ".+tracked"]  # what the golden run left as it was built
 ATOL = 1e-4  # float32; the official run itself is as far as 3.4e-5 from float64 in a stage
+SMALL_HEAD = (
+    "model.network.decode_head.ham_channels=16",
+    "model.network.decode_head.channels=8",
+    "model.network.decode_head.rank=4",
+)
+NOTHING_DROPPED = (
+    "model.network.backbone.drop_path_rate=0",
+    "model.network.decode_head.dropout=0",
+)
 
 
-def twin(config: dict[str, Any], **changes: Any) -> Any:
-    """The Jittor class of a `_target_`, with its arguments."""
-    module, _, name = config["_target_"].removeprefix("segmill.").rpartition(".")
-    arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-    return partial(
-        getattr(importlib.import_module(f"segmill.jittor.{module}"), name), **arguments | changes
-    )
+def build(variant: str, *overrides: str, num_classes: int = 40) -> jt.Module:
+    """The network of configs/model/discriminative/VARIANT.yaml."""
+    choices = [f"model={variant}", "data=nyu_depth_v2", "runtime=jittor"]
+    config = compose("train", [*choices, f"data.num_classes={num_classes}", *overrides])
+    return configuration.build(with_twins(config).model.network)
 
 
-def build(
-    variant: str,
-    *,
-    num_classes: int = 40,
-    backbone: dict[str, Any] | None = None,
-    head: dict[str, Any] | None = None,
-) -> jt.Module:
-    """The network of configs/model/discriminative/VARIANT.yaml with some sizes changed."""
-    network = yaml.safe_load((CONFIGS / f"{variant}.yaml").read_text(encoding="utf-8"))["network"]
-    decode_head = twin(network["decode_head"], **{"num_classes": num_classes} | (head or {}))
-    trunk = twin(network["backbone"], **(backbone or {}))()
-    return twin({"_target_": network["_target_"]})(backbone=trunk, decode_head=decode_head)
-
-
-def official(name: str, variant: str, **changes: Any) -> jt.Module:
+def official(name: str, variant: str, *overrides: str) -> jt.Module:
     """The variant with the golden weights."""
-    network = build(variant, **changes)
+    network = build(variant, *overrides)
     load_arrays(network, DFormerGolden(name).state(), rules=(), may_miss=BUILT)
     return network
 
@@ -61,9 +51,10 @@ def golden_image(*, prefix: str = "", batch: int = 1, size: tuple[int, int] = (1
     return jt.array(np.concatenate(list(parts), axis=1))
 
 
-def check_logits(name: str, variant: str) -> None:
+def check_logits(name: str, variant: str, monkeypatch: Any) -> None:
     """Stages, logits and classes of the whole network are the official ones."""
     golden, network = DFormerGolden(name).data, official(name, variant).eval()
+    use_official_bases(monkeypatch)
     with jt.no_grad():
         features = network.backbone(golden_image())
         logits = network.decode_head(features)

@@ -14,22 +14,21 @@ from segmill.jittor.models.backbones import dformerv2
 
 pytestmark = pytest.mark.jittor
 UNITS = np.load(FOLDER / "dformer" / "units.npz")
-SMALL_TRUNK = {
-    "widths": [8, 16, 32, 32],
-    "depths": [1, 1, 2, 1],
-    "heads": [2, 2, 4, 4],
-}
+SMALL_TRUNK = (
+    "model.network.backbone.widths=[8,16,32,32]",
+    "model.network.backbone.depths=[1,1,2,1]",
+    "model.network.backbone.heads=[2,2,4,4]",
+)
 ATOL = 1e-5  # the masks are as large as 20, the angles 60
 
 
-def small(**changes):
+def small(*overrides):
     random.seed(0)
-    trunk = SMALL_TRUNK | changes
-    return gate.build("dformerv2-b", num_classes=5, backbone=trunk, head=gate.SMALL_HEAD)
+    return gate.build("dformerv2-b", *SMALL_TRUNK, *gate.SMALL_HEAD, *overrides, num_classes=5)
 
 
 def unit_prior():
-    prior = dformerv2.GeometryPrior(heads=4, head_range=4, key_width=16)
+    prior = dformerv2.GeometryPrior(heads=4, head_range=4.0, key_width=16)
     prior.weight.update(jt.array(dformer_weight("unit.geo.weight", (2, 1, 1, 1))))
     return prior
 
@@ -90,8 +89,7 @@ def test_attention_computes_the_official_numbers(kind, prefix, golden):
     ("name", "variant"), [("DFormerv2-S", "dformerv2-s"), ("DFormerv2-B", "dformerv2-b")]
 )
 def test_stages_logits_and_classes_are_the_official_ones(name, variant, monkeypatch):
-    gate.use_official_bases(monkeypatch)
-    gate.check_logits(name, variant)
+    gate.check_logits(name, variant, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +128,7 @@ def test_images_of_any_size_will_do(size):
 
 
 def test_a_step_reaches_every_parameter():
-    network = small(drop_path_rate=0.0).train()
+    network = small(*gate.NOTHING_DROPPED).train()
     draw = np.random.default_rng(0)
     image = jt.array(draw.standard_normal((2, 4, 64, 64)).astype(np.float32))
     label = jt.array(draw.integers(0, 5, (2, 64, 64)).astype(np.int32))

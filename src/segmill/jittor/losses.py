@@ -15,7 +15,7 @@ def upsample_cross_entropy(
 
     Without any such pixel it is 0.
     """
-    logits = resize(logits, label.shape[-2:])
+    logits = resize(logits, tuple(label.shape[-2:]))
     shifted = logits - logits.max(dim=1, keepdims=True).stop_grad()
     classes = constant(np.arange(logits.shape[1], dtype=np.int32)).reshape(1, -1, 1, 1)
     own = (shifted * (label.unsqueeze(1) == classes)).sum(1)

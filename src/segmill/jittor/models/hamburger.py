@@ -93,7 +93,7 @@ def merged_at_finest(
     Such a convolution commutes with resizing: every map is convolved with its own part of `weight`
     at its own size.
     """
-    merged, start, size = None, 0, features[0].shape[-2:]
+    merged, start, size = None, 0, tuple(features[0].shape[-2:])
     for feature in features:
         stop = start + feature.shape[1]
         part = resize(pointwise(feature, weight[:, start:stop], None), size)

@@ -55,7 +55,7 @@ class Conv2d(nn.Conv2d):
     ) -> None:
         super().__init__(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups)
         bound = 1 / math.sqrt(math.prod(self.weight.shape[1:]))
-        self.weight = uniform_weight(self.weight.shape, bound)
+        self.weight = uniform_weight(tuple(self.weight.shape), bound)
         self.bias = uniform_weight((out_channels,), bound)
 
 
@@ -114,7 +114,7 @@ class BatchNorm2d(jt.Module):
 
     def _track(self, mean: jt.Var, variance: jt.Var, count: int) -> None:
         # Of one value there is no variance of the population; torch refuses, this keeps the rest.
-        unbiased = constant(np.full(variance.shape, count / max(count - 1, 1), np.float32))
+        unbiased = constant(np.full(variance.shape[0], count / max(count - 1, 1), np.float32))
         for running, new in (
             (self.running_mean, mean),
             (self.running_var, variance * unbiased),

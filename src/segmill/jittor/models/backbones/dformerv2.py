@@ -123,7 +123,7 @@ class Stage(jt.Module):
     def execute(
         self, tokens: Float[jt.Var, "B h w D"], depth: Float[jt.Var, "B 1 H W"]
     ) -> Float[jt.Var, "B h w D"]:
-        geometry = geometry_of(depth, tokens.shape[1:3], self.blocks[0].Geo.angle)
+        geometry = geometry_of(depth, tuple(tokens.shape[1:3]), self.blocks[0].Geo.angle)
         for block in self.blocks:
             tokens = block(tokens, geometry)
         return tokens
@@ -343,5 +343,5 @@ def _scaled(
 
 
 def _initialise(linear: Linear) -> None:
-    linear.weight = jt.array(random.normal(linear.weight.shape) * np.float32(LINEAR_STD))
+    linear.weight = jt.array(random.normal(tuple(linear.weight.shape)) * np.float32(LINEAR_STD))
     linear.bias = filled(linear.bias.shape[0], 0.0)

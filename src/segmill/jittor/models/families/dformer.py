@@ -77,4 +77,4 @@ class LightHamHead(jt.Module):
 def _initialise(conv: PointwiseConv) -> None:
     # He et al. 2015, by what comes in.
     scale = np.float32(math.sqrt(2.0 / conv.weight.shape[1]))
-    conv.weight = jt.array(random.normal(conv.weight.shape) * scale)
+    conv.weight = jt.array(random.normal(tuple(conv.weight.shape)) * scale)
