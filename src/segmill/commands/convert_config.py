@@ -127,21 +127,23 @@ def _dformer(fields: Mapping[str, Any], model: str | None, data: str | None) -> 
 
 
 def _recipe(model: str, stem: str, data: str) -> dict[str, str]:
-    """The options of the experiment of ours that is nearest: same file, same model and data,
-    same model."""
+    """The options of the experiment of ours that is nearest.
+
+    The same file of the original before the same model and data, and this before the same model.
+    """
     best: tuple[int, dict[str, str]] = (0, {})
     for name, option in options("experiment").items():
-        for folder in config_folders():
-            path = folder / "experiment" / f"{option}.yaml"
-            if path.is_file():
-                content: Any = OmegaConf.load(path)
-                chosen = _chosen(content)
-                if chosen.get("model", "").rpartition("/")[2] != model:
-                    continue
-                source = OmegaConf.select(content, "experiment.published.source") or ""
-                same_file = stem in (name, Path(str(source)).stem)
-                points = 1 + 2 * (chosen.get("data") == data) + 4 * same_file
-                best = max(best, (points, chosen), key=lambda each: each[0])
+        paths = (folder / "experiment" / f"{option}.yaml" for folder in config_folders())
+        text = next(path.read_text(encoding="utf-8") for path in paths if path.is_file())
+        if model not in text:  # parsing all of them takes seconds
+            continue
+        content: Any = OmegaConf.create(text)
+        chosen = _chosen(content)
+        if chosen.get("model", "").rpartition("/")[2] == model:
+            source = OmegaConf.select(content, "experiment.published.source") or ""
+            same_file = stem in (name, Path(str(source)).stem)
+            points = 1 + 2 * (chosen.get("data") == data) + 4 * same_file
+            best = max(best, (points, chosen), key=lambda each: each[0])
     return best[1]
 
 

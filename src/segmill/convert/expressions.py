@@ -15,7 +15,7 @@ from typing import Any
 
 from segmill.errors import SegmillError
 
-MOST_ITEMS, MOST_STEPS, LARGEST, LARGEST_POWER = 10_000, 500_000, 1 << 62, 64
+MOST_ITEMS, MOST_STEPS, LARGEST, LARGEST_POWER = 10_000, 100_000, 1 << 62, 64
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ class Evaluator:
         keywords = self._keywords(node)
         if isinstance(arguments, Unread) or isinstance(keywords, Unread):
             return arguments if isinstance(arguments, Unread) else keywords
-        function = self._called(node)
+        function = self.called(node)
         if isinstance(function, Unread):
             return function
         if function in (dict, Attributes):
@@ -314,7 +314,7 @@ class Evaluator:
             found |= dict(value) if each.arg is None else {each.arg: value}
         return found
 
-    def _called(self, node: ast.Call) -> Callable[..., Any] | Unread:
+    def called(self, node: ast.Call) -> Callable[..., Any] | Unread:
         """The function, where it is one of those that have no side effects."""
         if isinstance(node.func, ast.Attribute):
             owner = self.value(node.func.value)

@@ -115,24 +115,24 @@ def _network(table: Table) -> None:
         _head(table, "model.decode_head", "model.network.decode_head")
     extra = table.fields["model"].get("auxiliary_head")
     ours = part_of(table.ours, "model.network.auxiliary_head")
+    if _count(extra) != _count(ours):
+        raise SegmillError(
+            "The config and the chosen model differ in their auxiliary heads "
+            f"({_count(extra)} and {_count(ours)}). Choose another one with model=NAME."
+        )
     if isinstance(extra, list | tuple):
         for index in range(len(extra)):
             _head(table, f"model.auxiliary_head[{index}]", f"model.network.auxiliary_head[{index}]")
     elif extra is not None:
         _head(table, "model.auxiliary_head", "model.network.auxiliary_head")
-    if (extra is None) != (ours is None) or (
-        isinstance(extra, list | tuple) and len(extra) != len(ours or [])
-    ):
-        raise SegmillError(
-            "The config and the chosen model differ in their auxiliary heads "
-            f"({_count(extra)} and {_count(ours)}). Choose another one with model=NAME."
-        )
     for field in ("model.train_cfg", "model.auxiliary_head"):
         table.note(field, SAME)
 
 
 def _count(heads: Any) -> str:
-    return str(len(heads)) if isinstance(heads, list | tuple) else "none" if heads is None else "1"
+    return (
+        str(len(heads)) if isinstance(heads, list | tuple) else "none" if heads is None else "one"
+    )
 
 
 def _head(table: Table, theirs: str, ours: str) -> None:
@@ -208,8 +208,8 @@ def _source(table: Table, field: str, source: str, *, backbone: bool) -> None:
     if "://" in source:
         table.note(
             field,
-            "dropped: download it and say weights=FILE, or weights=timm; without, training starts "
-            "from random weights",
+            "check: not downloaded; say weights=FILE or weights=timm, else training starts from "
+            "random weights",
             "weights",
         )
         return

@@ -112,8 +112,10 @@ class _Reader:
             value = self.eval.value(node.value)
             for target in node.targets:
                 self._assign(target, value)
+            self._doubt_calls(node.value)
         elif isinstance(node, ast.AnnAssign) and node.value is not None:
             self._assign(node.target, self.eval.value(node.value))
+            self._doubt_calls(node.value)
         elif isinstance(node, ast.AugAssign):
             self._add(node)
         elif isinstance(node, ast.Expr):
@@ -233,11 +235,26 @@ class _Reader:
         if isinstance(call.func, ast.Attribute):
             yield self.eval.value(call.func.value)
 
+    def _doubt_calls(self, node: ast.expr) -> None:
+        """An unknown function may change the dictionaries and lists that it is given."""
+        for each in ast.walk(node):
+            if isinstance(each, ast.Call) and isinstance(self.eval.called(each), Unread):
+                reason = self.eval.unread(each, f"`{_start(each)}` may change it")
+                for part in self._changeable(each):
+                    self._forget(part, reason)
+
     def _forget(self, value: Any, reason: Unread) -> None:
-        """Put `reason` everywhere that this very dictionary or list is."""
-        if isinstance(value, dict | list):
+        """Put `reason` everywhere that this very dictionary or list is, or one inside it."""
+        for part in list(_containers(value)):
             for name, each in self.names.items():
-                self.names[name] = _without(each, value, reason)
+                self.names[name] = _without(each, part, reason)
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list | tuple):
+        yield value
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _containers(each)
 
 
 def _without(value: Any, lost: Any, reason: Unread) -> Any:

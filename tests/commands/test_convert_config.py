@@ -1,0 +1,183 @@
+"""Converted configs compose to the recipes that they are; what differs is mapped or said."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from segmill.cli import main
+from segmill.configuration import compose
+from written_configs import DFORMER, MMSEG, PSPNET, SEGFORMER, TINY, write_configs
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch):
+    write_configs(tmp_path, MMSEG | DFORMER)
+    monkeypatch.chdir(tmp_path)
+    yield
+    logging.getLogger("segmill").handlers.clear()
+
+
+def convert(*words: str) -> int:
+    return main(["convert", "config", *words])
+
+
+def composed(name: str, *without: str) -> dict[str, Any]:
+    """The experiment's whole configuration but for what its name and its machine decide."""
+    config: Any = OmegaConf.to_container(compose("train", [f"experiment={name}"]), resolve=True)
+    for key in ("experiment", *without):
+        *parents, last = key.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node.pop(last)
+    return config
+
+
+def changed(tmp_path: Path, text: str, base: str = SEGFORMER) -> str:
+    """A config of one's own that starts from another one."""
+    path = tmp_path / Path(base).parent / "mine_4xb4.py"
+    path.write_text(f"_base_ = './{Path(base).name}'\n{text}")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "recipe"),
+    [(SEGFORMER, "segformer_mit-b0_ade20k_160k"), (PSPNET, "pspnet_r50-d8_ade20k_160k")],
+)
+def test_a_config_of_mmsegmentation_is_its_recipe(file: str, recipe: str, capsys) -> None:
+    assert convert(file, "name=mine") == 0
+    assert composed("mine", "data.data_root") == composed(recipe, "data.data_root")
+    assert "segmill train experiment=mine --dry-run" in capsys.readouterr().out
+
+
+def test_a_config_of_dformer_is_its_recipe() -> None:
+    assert convert(TINY) == 0
+    own = ("data.data_root", "weights")
+    assert composed("DFormer_Tiny", *own) == composed("dformer-tiny_nyu", *own)
+    assert composed("DFormer_Tiny")["weights"] == "pretrained/DFormer_Tiny.pth.tar"
+
+
+def test_what_a_config_changes_becomes_a_key(tmp_path: Path) -> None:
+    text = """
+model = dict(
+    backbone=dict(num_layers=[3, 4, 6, 3], drop_path_rate=0.2),
+    decode_head=dict(dropout_ratio=0.0, loss_decode=dict(class_weight=[2.0] * 150)),
+    test_cfg=dict(mode='slide', crop_size=(480, 480), stride=(320, 320)))
+optim_wrapper = dict(
+    type='AmpOptimWrapper', optimizer=dict(lr=1e-4), clip_grad=dict(max_norm=1.0),
+    paramwise_cfg=dict(custom_keys=dict(_delete_=True, head=dict(lr_mult=5.0))))
+train_cfg = dict(max_iters=80000)
+param_scheduler = [dict(type='PolyLR', power=0.9, begin=0, end=80000, by_epoch=False)]
+train_dataloader = dict(batch_size=4, dataset=dict(pipeline=[
+    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=True),
+    dict(type='RandomCrop', crop_size=(480, 480), cat_max_ratio=0.5)]))
+"""
+    assert convert(changed(tmp_path, text), "name=mine") == 0
+    config = compose("train", ["experiment=mine"])
+    network = config.model.network
+    assert network.backbone.depths == [3, 4, 6, 3]
+    assert network.backbone.drop_path_rate == 0.2
+    assert network.decode_head.dropout == 0.0
+    assert network.class_weight == [2.0] * 150
+    assert (config.protocol.mode, config.protocol.window) == ("slide", [480, 480])
+    assert config.protocol.stride == [320, 320]
+    assert config.trainer.precision == "16-mixed"
+    assert (config.trainer.clip, config.trainer.max_steps) == (1.0, 80000)
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.optimizer.rules == {"head": {"lr_mult": 5.0}}
+    assert (config.schedule.warmup_steps, config.schedule.power) == (0, 0.9)
+    assert config.data.batch_size == 16, "4 GPUs, from the file's name"
+    assert (config.data.crop, config.data.cat_max_ratio) == ([480, 480], 0.5)
+    assert (config.data.flip, config.data.photometric) == (0.0, False)
+
+
+def test_a_level_of_zero_and_their_default_are_kept_apart(tmp_path: Path) -> None:
+    head = "dict(_delete_=True, type='SegformerHead', channels=256, num_classes=150)"
+    assert convert(changed(tmp_path, f"model = dict(decode_head={head})"), "name=mine") == 0
+    assert compose("train", ["experiment=mine"]).model.network.decode_head.dropout == 0.1
+
+
+def test_what_is_not_taken_over_is_said(tmp_path: Path, capsys) -> None:
+    text = """
+model = dict(
+    pretrained='open-mmlab://mit_b0', backbone=dict(drop_rate=0.3, novelty=1),
+    decode_head=dict(align_corners=True, loss_decode=dict(type='DiceLoss')))
+train_dataloader = dict(batch_size=probe())
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'stages.3': dict(lr_mult=0.5)}))
+"""
+    assert convert(changed(tmp_path, text), "name=mine") == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert "check: not downloaded" in lines["model.pretrained"]
+    assert "dropped: here it is always 0.0" in lines["model.backbone.drop_rate"]
+    assert "dropped: not known" in lines["model.backbone.novelty"]
+    assert "dropped: here it is always False" in lines["model.decode_head.align_corners"]
+    assert "dropped: here it is always 'Cross" in lines["model.decode_head.loss_decode.type"]
+    assert "not read: line 6 of mine_4xb4.py: probe(...)" in lines["train_dataloader.batch_size"]
+    rule = lines["optim_wrapper.paramwise_cfg.custom_keys.stages.3.lr_mult"]
+    assert "check: a part of MMSegmentation's parameter names" in rule
+    head = Path("configs/experiment/mine.yaml").read_text().partition("defaults")[0]
+    assert "batch_size: not read" in head
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (
+            "model = dict(backbone=dict(type='SwinTransformer'))",
+            "model.backbone is SwinTransformer",
+        ),
+        ("model = dict(decode_head=dict(type='NewHead'))", "model.decode_head is NewHead"),
+        ("model = dict(backbone=make())", "model.backbone is not read"),
+        ("model = dict(auxiliary_head=dict(type='FCNHead'))", "differ in their auxiliary heads"),
+        ("train_dataloader = dict(dataset=dict(type='Own'))", "Own, which has no YAML here"),
+        ("optim_wrapper = dict(optimizer=dict(type='Lion'))", "The optimizer is 'Lion'"),
+    ],
+)
+def test_another_network_data_set_or_optimizer_is_refused(
+    text: str, answer: str, tmp_path: Path, capsys
+) -> None:
+    assert convert(changed(tmp_path, text)) == 2
+    printed = capsys.readouterr().err
+    assert answer in printed
+    assert printed.count("\n") == 1
+    assert not Path("configs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ([SEGFORMER.replace("b0", "b9")], "does not exist"),
+        (["segformer"], "is a folder, not a config"),
+        (["zeros.py"], "is no text"),
+        (["cut.py"], "line 1, is no Python"),
+        (["other.py"], "neither a config of MMSegmentation"),
+        (["nameless.py"], "names no model of ours"),
+        ([SEGFORMER, "model=segformer_mit-b9"], "did you mean segformer_mit-b"),
+        ([SEGFORMER, "data=ade21k"], "did you mean ade20k"),
+        ([SEGFORMER, "out=taken.yaml"], "taken.yaml exists already"),
+        ([SEGFORMER, "out=segformer"], "is a folder. Name a file"),
+        ([SEGFORMER, "gpus=many"], "gpus=many: this should be a whole number"),
+        ([SEGFORMER, "gpus=0"], "this should be 1 or more"),
+        ([SEGFORMER, "--nmae", "x"], "did you mean --name"),
+    ],
+)
+def test_a_mistake_is_answered(words: list[str], answer: str, capsys) -> None:
+    Path("zeros.py").write_bytes(b"\xff\xfe\0")
+    Path("cut.py").write_text("model = dict(")
+    Path("other.py").write_text("x = 1")
+    Path("nameless.py").write_text("model = dict()")
+    Path("taken.yaml").touch()
+    assert convert(*words) == 2
+    printed = capsys.readouterr().err
+    assert answer in printed
+    assert printed.count("\n") == 1
+
+
+def test_an_experiment_is_replaced_only_when_asked_to(capsys) -> None:
+    assert convert(TINY, "name=mine") == 0
+    assert convert(TINY, "name=mine") == 2
+    assert "overwrite=true" in capsys.readouterr().err
+    assert convert(TINY, "name=mine", "overwrite=true") == 0
