@@ -12,6 +12,7 @@ from golden import FOLDER
 from segmill.checkpoint.read import CheckpointError, read_any, read_checkpoint
 from segmill.checkpoint.storage import map_file
 from segmill.checkpoint.torch_zip import stored_entries
+from segmill.checkpoint.training_state import TrainingState, write_training_state
 from segmill.checkpoint.write_safetensors import write_safetensors
 from segmill.checkpoint.write_torch import ALIGNMENT, write_torch
 from segmill.convert.weights import SUFFIXES, check_out, out_file, read_weights, write_weights
@@ -128,3 +129,25 @@ def test_a_run_folder_stands_for_its_weights(tmp_path: Path) -> None:
     weights = read_weights(tmp_path)
     assert weights.metadata == {"segmill": "0"}
     assert weights.arrays.keys() == TRUTH.keys()
+
+
+def test_of_a_training_state_of_either_runtime_the_weights_are_taken(tmp_path: Path) -> None:
+    pair = {"w": np.ones((2, 2), np.float32)}
+    state = TrainingState(
+        weights=pair, exp_avg=pair, exp_avg_sq=pair, step=3, random={}, best=float("nan")
+    )
+    write_training_state(tmp_path / "last.pkl", state)
+    weights = read_weights(tmp_path / "last.pkl")
+    assert list(weights.arrays) == ["w"]
+    assert "optimizer" in weights.beside
+    torch.save(
+        {
+            "state_dict": {"model.network.w": torch.ones(2, 2)},
+            "optimizer_states": [{}],
+            "global_step": 3,
+        },
+        tmp_path / "last.ckpt",
+    )
+    weights = read_weights(tmp_path / "last.ckpt")
+    assert list(weights.arrays) == ["model.network.w"], "names as in the file"
+    assert set(weights.beside) == {"optimizer_states", "global_step"}
