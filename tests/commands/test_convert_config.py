@@ -94,6 +94,26 @@ train_dataloader = dict(batch_size=4, dataset=dict(pipeline=[
     assert (config.data.flip, config.data.photometric) == (0.0, False)
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "batch"),
+    [
+        ("pspnet_r50-d8_512x1024_80k", [], 4),
+        ("pspnet_r50-d8_8x4_512x512_80k", [], 32),
+        ("pspnet_r50-d8_2xb4-80k_ade20k-512x512", [], 8),
+        ("pspnet_r50-d8_2xb4-80k_ade20k-512x512", ["gpus=3"], 12),
+    ],
+)
+def test_the_global_batch_counts_the_gpus_of_the_name(
+    name: str, words: list[str], batch: int, capsys
+) -> None:
+    path = Path(PSPNET).with_name(f"{name}.py")
+    path.write_text(f"_base_ = './{Path(PSPNET).name}'")
+    assert convert(str(path), "name=mine", *words) == 0
+    assert compose("train", ["experiment=mine"]).data.batch_size == batch
+    unsure = "taken for one GPU" in capsys.readouterr().out
+    assert unsure == (batch == 4)
+
+
 def test_a_level_of_zero_and_their_default_are_kept_apart(tmp_path: Path) -> None:
     head = "dict(_delete_=True, type='SegformerHead', channels=256, num_classes=150)"
     assert convert(changed(tmp_path, f"model = dict(decode_head={head})"), "name=mine") == 0

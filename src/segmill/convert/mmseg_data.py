@@ -8,7 +8,8 @@ from typing import Any
 from segmill.convert.table import SAME, Table, part_of
 from segmill.errors import SegmillError
 
-GPUS = re.compile(r"_(\d+)xb?(\d+)[-_]")
+# `8xb2`, of older files `8x2`; `512x1024` is a crop.
+GPUS = re.compile(r"_(\d{1,2})xb?(\d{1,2})[-_]")
 DATA = {
     "ADE20KDataset": "ade20k",
     "CityscapesDataset": "cityscapes",
