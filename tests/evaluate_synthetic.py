@@ -37,6 +37,7 @@ class Images(torch.utils.data.Dataset):
             "label": torch.from_numpy(label),
             "name": str(index),
             "size": (height, width),
+            "index": index,
         }
 
 

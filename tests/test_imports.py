@@ -35,7 +35,10 @@ LAYERS: list[tuple[str, int, set[str] | None]] = [
     ("convert.*", 0, PORTABLE_LIBRARIES),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("errors", "files", "metrics", "paths")),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("protocol", "views", "windows")),
-    *((name, 0, PORTABLE_LIBRARIES) for name in ("parameter_rules", "schedules", "validation")),
+    *(
+        (name, 0, PORTABLE_LIBRARIES)
+        for name in ("parameter_rules", "seeds", "schedules", "validation")
+    ),
     *((name, 0, PORTABLE_LIBRARIES) for name in ("bootstrap", "tta.results")),
     ("model_file", 1, PORTABLE_LIBRARIES),
     ("report.*", 1, REPORT_LIBRARIES),
@@ -51,7 +54,10 @@ LAYERS: list[tuple[str, int, set[str] | None]] = [
     ("models.guide_view", 3, TORCH_LIBRARIES),
     ("models.discriminative", 4, TORCH_LIBRARIES),
     ("models.generative.*", 4, TORCH_LIBRARIES),
-    *((name, 5, TORCH_LIBRARIES) for name in ("models.*", "inference", "draws", "optim", "cost", "measure")),
+    *(
+        (name, 5, TORCH_LIBRARIES)
+        for name in ("models.*", "inference", "draws", "optim", "cost", "measure")
+    ),
     *((name, 6, LIGHTNING_LIBRARIES) for name in ("training", "evaluation", "callbacks", "tta.*")),
     ("evidence", 1, PORTABLE_LIBRARIES),
     ("jittor.*", 1, JITTOR_LIBRARIES),

@@ -65,6 +65,8 @@ def _of_runtime(config: DictConfig) -> DictConfig:
     """What will be built: on Jittor, the twins of what the files name."""
     if config.get("runtime") != "jittor":
         return config
+    if config.get("run") is not None:  # which brings its own model; the default's is not built
+        config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "model"])
     require_twins(config)
     return with_twins(config)
 

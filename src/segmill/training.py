@@ -25,6 +25,7 @@ from segmill.optim import OptimizerSettings, StepSchedule
 from segmill.photometric import photometric_distortion
 from segmill.protocol import Protocol
 from segmill.schedules import Schedule
+from segmill.seeds import step_seed
 
 # The other scalars of metrics.json say the same in other words (mRecall is mAcc).
 LOGGED = ("mIoU", "mAcc", "aAcc", "FWIoU", "mDice")
@@ -42,6 +43,7 @@ class SegmentationModule(lightning.LightningModule):
         protocol: Protocol,
         class_names: tuple[str, ...],
         max_steps: int,
+        seed: int,
         evidence: Path,
     ) -> None:
         super().__init__()
@@ -51,6 +53,7 @@ class SegmentationModule(lightning.LightningModule):
         self.protocol = protocol
         self.class_names = class_names
         self.max_steps = max_steps
+        self.seed = seed
         self.evidence = evidence
         self.metric = ConfusionMetric(
             num_classes=len(class_names), ignore_index=protocol.ignore_index
@@ -61,6 +64,7 @@ class SegmentationModule(lightning.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Float[Tensor, ""]:
         """Sum of the family's losses on one micro-batch."""
         self._stop_if_not_finite()
+        torch.manual_seed(step_seed(self.seed, batch_idx, self.global_rank))
         image = photometric_distortion(batch["image"], batch["jitter"])
         terms = self.model.losses(image, batch["label"], batch["valid"])
         loss = torch.stack(list(terms.values())).sum()
@@ -79,9 +83,7 @@ class SegmentationModule(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the accumulated confusion matrix, the same in every process."""
-        result = scores(
-            self.metric.total().cpu().numpy(), absent_class=self.protocol.absent_class
-        )
+        result = scores(self.metric.total().cpu().numpy(), absent_class=self.protocol.absent_class)
         self.metric.reset()
         values = {f"val/{name}": float(result[name]) for name in LOGGED}
         values |= {

@@ -126,6 +126,7 @@ def build_parts(config: DictConfig, state: TrainingState | None) -> Parts:
         optimizer=optimizer,
         schedule=build(config.schedule),
         max_steps=settings.max_steps,
+        seed=config.seed,
         step=0 if state is None else state.step,
     )
     if state is not None:
@@ -211,7 +212,10 @@ class _Fit:
                 "step %d/%d  loss %.4g  lr %.4g  data_time %.4g  %.0f s left",
                 *(step, last, loss, rate, waiting, pace * (last - step)),
             )
-        if step % settings.val_every == 0 or step == last:
+        due = step % settings.val_every == 0 and (
+            settings.validation is None or settings.validation.due(step)
+        )
+        if due or step == last:
             self._validate()
 
     def _validate(self) -> None:

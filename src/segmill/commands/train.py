@@ -134,6 +134,7 @@ def build_parts(config: DictConfig, *, evidence: Path, start_step: int) -> Parts
         protocol=protocol,
         class_names=data.classes.names,
         max_steps=settings.max_steps,
+        seed=config.seed,
         evidence=evidence,
     )
     return Parts(segmenter, data, module, settings, weights)

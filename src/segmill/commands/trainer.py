@@ -118,11 +118,12 @@ def _callbacks(settings: TrainerSettings, folder: Path) -> list[Callback]:
         filename="best",
         monitor="val/mIoU",
         mode="max",
-        save_last=True,
         enable_version_counter=False,
     )
+    # Not `save_last`, which writes only when the best one is written.
+    last = ModelCheckpoint(dirpath=folder, filename="last", enable_version_counter=False)
     layout = Layout(channels_last=settings.channels_last, compiled=settings.compile)
-    callbacks: list[Callback] = [layout, DataTime(), ScoreLastStep(), best]
+    callbacks: list[Callback] = [layout, DataTime(), ScoreLastStep(), best, last]
     if settings.validation is not None:
         callbacks.append(SkipValidations(settings.validation))
     if settings.progress:

@@ -15,6 +15,7 @@ from segmill.jittor.models.discriminative import Discriminative
 from segmill.metrics import confusion_with_misses, scores
 from segmill.protocol import Protocol
 from segmill.schedules import Schedule
+from segmill.seeds import image_seed, step_seed
 
 
 class Training:
@@ -27,10 +28,11 @@ class Training:
         optimizer: AdamW,
         schedule: Schedule,
         max_steps: int,
+        seed: int,
         step: int = 0,
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
-        self.max_steps, self.step = max_steps, step
+        self.max_steps, self.seed, self.step = max_steps, seed, step
         self._base = [group["lr"] for group in optimizer.groups]
 
     @property
@@ -43,6 +45,7 @@ class Training:
         self.model.train()
         for group, base in zip(self.optimizer.groups, self._base, strict=True):
             group["lr"] = self.schedule.rate(base, self.step, self.max_steps)
+        random.seed(step_seed(self.seed, self.step, 0))
         image = jittered(batch["image"], batch["jitter"])
         terms = self.model.losses(image, batch["label"], batch["valid"])
         loss = sum(terms.values())
@@ -87,9 +90,9 @@ def predict(
     protocol: Protocol,
     index: int,
 ) -> Integer[np.ndarray, "1 H W"]:
-    """Classes of one image at `size`; its random draws follow from `index` (segmill.draws)."""
+    """Classes of one image at `size`; its random draws follow from `index` (segmill.seeds)."""
     before = random.state()
-    random.seed(index)
+    random.seed(image_seed(index))
     images = [model.normalise(image) for image in inputs]
     label = predict_label(model.network, images, size, protocol)
     random.set_state(before)

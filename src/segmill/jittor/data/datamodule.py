@@ -1,4 +1,4 @@
-"""SegmentationData: any FolderDataset as numpy batches, the same ones as Lightning's loaders give."""
+"""SegmentationData: any FolderDataset as numpy batches, the same as Lightning's loaders give."""
 
 import threading
 from collections import deque
