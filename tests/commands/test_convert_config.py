@@ -124,7 +124,8 @@ def test_what_is_not_taken_over_is_said(tmp_path: Path, capsys) -> None:
     text = """
 model = dict(
     pretrained='open-mmlab://mit_b0', backbone=dict(drop_rate=0.3, novelty=1),
-    decode_head=dict(align_corners=True, loss_decode=dict(type='DiceLoss')))
+    decode_head=dict(
+        align_corners=True, norm_cfg=dict(type='GN'), loss_decode=dict(type='DiceLoss')))
 train_dataloader = dict(batch_size=probe())
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'stages.3': dict(lr_mult=0.5)}))
 """
@@ -134,8 +135,9 @@ optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'stages.3': dict(lr_mult=0.
     assert "dropped: here it is always 0.0" in lines["model.backbone.drop_rate"]
     assert "dropped: not known" in lines["model.backbone.novelty"]
     assert "dropped: here it is always False" in lines["model.decode_head.align_corners"]
+    assert "dropped: here it is always 'SyncBN'" in lines["model.decode_head.norm_cfg.type"]
     assert "dropped: here it is always 'Cross" in lines["model.decode_head.loss_decode.type"]
-    assert "not read: line 6 of mine_4xb4.py: probe(...)" in lines["train_dataloader.batch_size"]
+    assert "not read: line 7 of mine_4xb4.py: probe(...)" in lines["train_dataloader.batch_size"]
     rule = lines["optim_wrapper.paramwise_cfg.custom_keys.stages.3.lr_mult"]
     assert "check: a part of MMSegmentation's parameter names" in rule
     head = Path("configs/experiment/mine.yaml").read_text().partition("defaults")[0]

@@ -61,8 +61,10 @@ BACKBONE: dict[str, Field] = {
     "in_channels": always(3),
     "with_cp": Follows("recomputes activations to save memory; same results"),
     "num_stages": always(4),
-    "norm_cfg": Follows("the network's own normalisation"),
-    "act_cfg": Follows("the network's own activation"),
+    "norm_cfg.type": always("LN"),
+    "norm_cfg.eps": always(1e-6),
+    "norm_cfg.requires_grad": always(True),
+    "act_cfg": always({"type": "GELU"}),
     "style": always("pytorch"),
     "drop_rate": always(0.0),
     "attn_drop_rate": always(0.0),
@@ -70,7 +72,11 @@ BACKBONE: dict[str, Field] = {
     "qk_scale": always(None),
     "frozen_stages": always(-1),
 }
-RESNET: dict[str, Field] = BACKBONE | {
+BATCH_NORM = {"norm_cfg.type": always("SyncBN", "BN"), "norm_cfg.eps": always(1e-5)}
+RESNET: dict[str, Field] = {
+    **{name: rule for name, rule in BACKBONE.items() if name != "norm_cfg.requires_grad"},
+    **BATCH_NORM,
+    "act_cfg": always({"type": "ReLU"}),
     "strides": To("output_stride", lambda each: 4 * prod(each["strides"][1:])),
     "contract_dilation": Follows("the first block of a dilated stage has half of it, as in timm"),
     "deep_stem": Follows("compared as the name of timm's model"),
@@ -84,7 +90,8 @@ HEAD: dict[str, Field] = {
     "in_channels": Follows("the backbone's"),
     "channels": To("channels"),
     "dropout_ratio": To("dropout", default=0.1),
-    "norm_cfg": Follows("batch norm; shared by GPU processes unless trainer.sync_batchnorm=false"),
+    "norm_cfg.type": always("SyncBN", "BN"),  # trainer.sync_batchnorm shares it over processes
+    "norm_cfg.requires_grad": always(True),
     "act_cfg": always({"type": "ReLU"}),
     "align_corners": always(False),
     "input_transform": Follows("part of the head"),
@@ -154,6 +161,7 @@ KINDS: dict[str, Kind] = {
         | {
             "embed_dims": To("channels"),
             **straight("mlp_ratios", "depths", "drop_path_rate"),
+            **BATCH_NORM,
             "attention_kernel_sizes": always([5, [1, 7], [1, 11], [1, 21]]),
             "attention_kernel_paddings": always([2, [0, 3], [0, 5], [0, 10]]),
         },
@@ -175,7 +183,13 @@ KINDS: dict[str, Kind] = {
     "HRNet": Kind(("HRNet",)),
     "MobileNetV2": Kind(
         ("MobileNetV2",),
-        BACKBONE | {"widen_factor": always(1.0), **straight("strides", "dilations", "out_indices")},
+        BACKBONE
+        | BATCH_NORM
+        | {
+            "act_cfg": always({"type": "ReLU6"}),
+            "widen_factor": always(1.0),
+            **straight("strides", "dilations", "out_indices"),
+        },
     ),
     "PCPVT": Kind(("Twins",)),
     "SVT": Kind(("Twins",)),
@@ -203,7 +217,8 @@ KINDS: dict[str, Kind] = {
         HEAD
         | {
             **straight("in_index", "ham_channels"),
-            "norm_cfg": To("groups", lambda each: each["norm_cfg"].get("num_groups")),
+            "norm_cfg.type": always("GN"),
+            "norm_cfg.num_groups": To("groups"),
             "ham_kwargs.MD_R": To("rank"),
             "ham_kwargs.train_steps": To("train_steps"),
             "ham_kwargs.eval_steps": To("eval_steps"),
@@ -345,6 +360,8 @@ def _timm_name(table: Table, theirs: str, ours: str, values: Values) -> None:
             f"{theirs} is {values['type']}, but the chosen model has {known}, whose stem is "
             "another one. Choose the model that fits with model=NAME (segmill models)."
         )
+    frozen = bool(part_of(table.ours, f"{ours}.frozen"))
+    table.always(f"{theirs}.norm_cfg.requires_grad", not frozen)
     depth = table.get(f"{theirs}.depth", 50)
     table.put(f"{theirs}.depth", key, re.sub(r"\d+", str(depth), known, count=1))
     stride = 4 * prod(table.get(f"{theirs}.strides", (1, 2, 2, 2))[1:])
