@@ -18,6 +18,27 @@ def test_a_variant_is_built_by_its_name() -> None:
     assert not segmenter.network.training
 
 
+@pytest.mark.parametrize("name", ["fcn_tiny_rgbd", "segformer_tiny_rgbd"])
+def test_a_variant_of_rgbd_images_takes_four_channels(name: str) -> None:
+    segmenter = segmill.load(name, num_classes=7)
+    assert segmenter.channels == 4
+    image = np.random.RandomState(0).randint(0, 256, (32, 48, 4)).astype(np.uint8)
+    assert segmenter.predict(image).label.shape == (32, 48)
+
+
+def test_classes_of_a_variant_of_rgbd_images_are_read_off_its_weights(tmp_path: Path) -> None:
+    source = segmill.load("fcn_tiny_rgbd", num_classes=19)
+    torch.save({"state_dict": source.network.state_dict()}, tmp_path / "w.pth")
+    assert len(segmill.load("fcn_tiny_rgbd", weights=tmp_path / "w.pth").classes) == 19
+
+
+@pytest.mark.parametrize(("name", "order"), [("dformer-tiny", "bgr"), ("dformerv2-s_sun", "rgb")])
+def test_dformer_reads_the_channels_in_the_order_of_its_official_file(name, order) -> None:
+    segmenter = segmill.load(name, num_classes=3)
+    assert segmenter.model.channel_order == order
+    assert segmenter.config["channel_order"] == order
+
+
 def test_losses_of_the_network_are_named_terms() -> None:
     network = segmill.load("fcn_tiny", num_classes=7).network
     terms = network.losses(torch.zeros(2, 3, 32, 48), torch.zeros(2, 32, 48, dtype=torch.long))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from segmill.checkpoint.choose import outline
@@ -148,7 +149,7 @@ def _build_variant(name: str, *, weights: str | Path | None, num_classes: int | 
     count = num_classes
     if count is None:
         count = DEFAULT_CLASSES if weights is None else _classes_of(name, str(weights))
-    config = compose("load", [f"model={name}", f"data.num_classes={count}"])
+    config = _composed(name, count)
     model: Discriminative = build(config.model)
     if weights is not None:
         load_weights(model.network, str(weights))
@@ -160,9 +161,16 @@ def _build_variant(name: str, *, weights: str | Path | None, num_classes: int | 
     )
 
 
+def _composed(name: str, num_classes: int) -> DictConfig:
+    """The variant for so many classes, and for as many channels as it has means."""
+    config = compose("load", [f"model={name}", f"data.num_classes={num_classes}"])
+    config.data.channels = len(config.model.mean)
+    return config
+
+
 def _classes_of(name: str, weights: str) -> int:
     """Where the file's shapes differ from those of a model with `DEFAULT_CLASSES`: its count."""
-    config = compose("load", [f"model={name}", f"data.num_classes={DEFAULT_CLASSES}"])
+    config = _composed(name, DEFAULT_CLASSES)
     with torch.device("meta"):
         network = build(config.model).network
     arrays = outline(read_checkpoint(find_file(weights)))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from segmill.cli import main
 from segmill.data.tasks import Task
@@ -17,6 +17,7 @@ from segmill.inference import label_of_logits
 from segmill.models.combined import CombinedModel
 from segmill.optim import SGD, AdamW
 from segmill.tta import module as tta_module
+from segmill.tta.cotta import CoTTA
 from segmill.tta.dusa import Dusa
 from segmill.tta.module import TTAModule
 from segmill.tta.source import Source
@@ -29,6 +30,8 @@ from tiny_trainer import HEIGHT, WIDTH, fit, module_of
 
 RULES: dict[str, Any] = {"weight_decay": 0.0, "rules": {}, "norm_decay_mult": None}
 SETTINGS = AdamW(learning_rate=1e-3, betas=(0.9, 0.999), **RULES)
+COTTA: dict[str, Any] = {"ratios": (0.5, 1.0), "flip": True, "multiple": 8, "threshold": 0.69}
+COTTA |= {"momentum": 0.999, "restore": 0.01}
 TASKS = [Task(1, "fog", 5), Task(2, "snow", 5)]
 
 
@@ -110,6 +113,58 @@ def test_every_image_of_every_task_and_epoch_has_draws_of_its_own(tmp_path: Path
     assert len(set(seeds[0])) == 2 * 2 * 3
     assert seeds[0] == seeds[1]
     assert not set(seeds[0]) & set(seeds[2])
+
+
+class Drawing(nn.Module):
+    """Draws in its forward pass, as Hamburger does."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits = self.network(image)
+        return logits + torch.rand_like(logits)
+
+
+def test_what_a_network_draws_follows_from_the_image_whatever_was_drawn_before(
+    tmp_path: Path,
+) -> None:
+    found: list[tuple[float, dict[str, Tensor], Tensor]] = []
+    for draws in (0, 5):
+        model = tiny_model()
+        model.discriminative.network = Drawing(model.discriminative.network)
+        module = module_of(model, predict="after")
+        module.begin(CoTTA(model=model, **COTTA), SETTINGS, batch_statistics=False)
+        torch.rand(draws)
+        preds: list[Tensor] = []
+        module.on_image = lambda index, batch, pred, to=preds: to.append(pred)
+        fit(module, tmp_path, TASKS[0])
+        found.append((module.record.mean_loss(), weights_of(module), torch.cat(preds)))
+    (loss, weights, pred), (other_loss, other_weights, other_pred) = found
+    assert loss == other_loss
+    assert same(weights, other_weights)
+    assert torch.equal(pred, other_pred)
+
+
+def test_a_step_leaves_the_generators_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, states = TTAModule.training_step, []
+
+    def watched(self: TTAModule, batch: dict[str, Any], batch_idx: int) -> None:
+        states.append(torch.random.get_rng_state())
+        step(self, batch, batch_idx)
+        states.append(torch.random.get_rng_state())
+
+    monkeypatch.setattr(TTAModule, "training_step", watched)
+    model = tiny_model()
+    model.discriminative.network = Drawing(model.discriminative.network)
+    module = module_of(model)
+    module.begin(Source(model=model), None, batch_statistics=False)
+    fit(module, tmp_path, TASKS[0], images=2)
+    assert len(states) == 4
+    assert all(torch.equal(each, states[0]) for each in states)
 
 
 @pytest.mark.parametrize("predict", ["before", "after"])

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from segmill.data.tasks import Task
+from segmill.draws import draws_from
 from segmill.errors import SegmillError
 from segmill.evidence import write_evidence
 from segmill.inference import label_of_logits
@@ -158,11 +159,13 @@ class TTAModule(lightning.LightningModule):
         """Adapt to one image, and count its prediction from before (or after) the update."""
         started = self._now()
         views = Views(image=batch["image"], original=batch["original"])
-        generator = torch.Generator(self.device).manual_seed(self._draw_seed(batch_idx))
-        logits, loss = self.method.adapt(views, _Updater(self), generator)
-        if self.predict == "after":
-            with torch.no_grad():
-                logits = self.method.predict(views)
+        method_seed, network_seed = self._draw_seeds(batch_idx)
+        generator = torch.Generator(self.device).manual_seed(method_seed)
+        with draws_from(network_seed, self.device):
+            logits, loss = self.method.adapt(views, _Updater(self), generator)
+            if self.predict == "after":
+                with torch.no_grad():
+                    logits = self.method.predict(views)
         height, width = batch["label"].shape[1:]
         content = views.image.shape[2], views.image.shape[3]
         pred = label_of_logits(logits, content, (height, width), self.protocol)
@@ -178,11 +181,15 @@ class TTAModule(lightning.LightningModule):
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def _draw_seed(self, batch_idx: int) -> int:
-        """The same on every process; another one for every task, epoch and image."""
+    def _draw_seeds(self, batch_idx: int) -> tuple[int, int]:
+        """Of what the method draws, and of what networks draw in their forward pass.
+
+        The same on every process; others for every task, epoch and image.
+        """
         task = 0 if self.task is None else self.task.index
         words = [self.seed, task, self.current_epoch, batch_idx]
-        return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+        of_method, of_networks = np.random.SeedSequence(words).generate_state(2, np.uint64)
+        return int(of_method >> 1), int(of_networks >> 1)
 
     def _stop(self, loss: float, batch: dict[str, Any]) -> None:
         kept = ""
