@@ -10,10 +10,12 @@ from torch import Tensor
 
 from segmill.ops.bilinear import interpolation_matrix
 from segmill.ops.deformable_attention import deformable_attention
+from segmill.ops.geometry_attention import attention_along_lines
 from segmill.ops.triton_argmax import upsample_argmax_cuda
 from segmill.ops.triton_confusion import update_confusion_cuda
 from segmill.ops.triton_cross_entropy import UpsampleCrossEntropyCuda
 from segmill.ops.triton_deformable_attention import DeformableAttentionCuda
+from segmill.ops.triton_geometry_attention import GeometryAttentionCuda
 
 Size = tuple[int, int]
 
@@ -186,6 +188,88 @@ def check_deformable_attention(
         torch.testing.assert_close(gradient.double(), theirs, rtol=rounding[mine.dtype], atol=atol)
 
 
+def lines(
+    *, images: int, lines: int, length: int, heads: int, width: int, values: int, whole: bool
+) -> dict[str, Tensor]:
+    """Tokens of a map, or of a line each where `whole`: then the positions lie in a plane."""
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=draw)
+
+    turn = 6.0 * torch.rand(lines, length, width // 2, generator=draw)
+    positions = torch.arange(float(length))[:, None]
+    return {
+        "query": normal(images, lines, length, heads, width),
+        "key": normal(images, lines, length, heads, width),
+        "value": normal(images, lines, length, heads, values),
+        "depth": normal(images, lines, length),
+        "weight": torch.tensor([0.7, 1.3]),
+        "decay": -0.2 * torch.rand(heads, generator=draw),
+        "position": torch.cat([positions // 5, positions % 5], 1) if whole else positions,
+        "across": torch.arange(float(lines))[:, None],
+        "sine": turn.sin(),
+        "cosine": turn.cos(),
+    }
+
+
+def check_geometry_attention(
+    *,
+    images: int,
+    lines_of: int,
+    length: int,
+    heads: int,
+    width: int,
+    values: int,
+    kind: torch.dtype,
+    form: str,
+    device: str,
+    tf32: bool = False,
+) -> None:
+    """What is found and all gradients against float64; `form` is along, both, whole or merged.
+
+    Merged: queries, keys and values are parts of one tensor, as after one projection.
+    """
+    case = lines(
+        images=images, lines=lines_of, length=length, heads=heads, width=width, values=values,
+        whole=form == "whole",
+    )  # fmt: skip
+    names = ("query", "key", "value")
+    case |= {name: case[name].to(kind) for name in names}
+    exact = {name: tensor.to(device).double() for name, tensor in case.items()}
+    case = {name: tensor.to(device) for name, tensor in case.items()}
+    if form == "merged":
+        parts = torch.cat([case[name] for name in names], dim=-1)
+        split = parts.split([width, width, values], dim=-1)
+        case |= dict(zip(names, split, strict=True))
+    learnt = (*names, "weight")
+    for tensors in (case, exact):
+        tensors |= {name: tensors[name].detach().requires_grad_() for name in learnt}
+        if form in ("along", "whole"):
+            tensors["across"] = None  # type: ignore[assignment]
+    expected = attention_along_lines(*list(exact.values())[:6], **_keywords(exact))
+    result = GeometryAttentionCuda.apply(*case.values())
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    upstream = upstream.to(device, kind)
+    gradients = torch.autograd.grad(result, [case[name] for name in learnt], upstream)
+    wanted = torch.autograd.grad(expected, [exact[name] for name in learnt], upstream.double())
+    assert result.dtype == kind
+    # The types' rounding (of TF32: 10 bits) of tokens, shares and results, in all four products.
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[kind]
+    rounding = 3e-3 if tf32 else rounding
+    for name, ours, theirs in zip(
+        ("result", *learnt), (result, *gradients), (expected, *wanted), strict=True
+    ):
+        error = (ours.double() - theirs).norm() / theirs.norm()
+        assert error < rounding, f"{name}: {error}"
+        largest = (ours.double() - theirs).abs().max() / theirs.abs().max()
+        assert largest < 2 * rounding, f"{name}: {largest}"
+
+
+def _keywords(case: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: case[name] for name in ("position", "across", "sine", "cosine")}
+
+
 def check_all_small() -> None:
     """Every branch at sizes that the interpreter manages."""
     small_cases = [
@@ -232,6 +316,18 @@ def check_all_small() -> None:
             kinds=kinds,
             device="cpu",
         )
+    small_lines: list[tuple[int, int, int, int, torch.dtype, str]] = [
+        (2, 7, 16, 16, single, "both"),  # lines, tokens, channels of keys and of values
+        (1, 40, 16, 24, single, "whole"),
+        (3, 33, 8, 5, single, "along"),  # sizes that are no powers of two
+        (2, 7, 16, 16, half, "merged"),
+        (2, 5, 16, 16, other, "both"),
+    ]
+    for number, length, width, values, kind, form in small_lines:
+        check_geometry_attention(
+            images=2, lines_of=number, length=length, heads=2, width=width, values=values,
+            kind=kind, form=form, device="cpu",
+        )  # fmt: skip
     check_tie("cpu")
     check_confusion(5, 700, device="cpu")
     check_wrong_label_is_not_silent("cpu")

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from segmill.checkpoint.dformer_keys import KEYS_FROM_DFORMER
 from segmill.checkpoint.keys import Rule
 from segmill.errors import SegmillError
-from segmill.models.backbones.rgbd import Depthwise, as_map, as_tokens, colour_and_depth
+from segmill.models.backbones.rgbd import (
+    Depthwise,
+    as_map,
+    as_tokens,
+    colour_and_depth,
+    projected,
+)
 from segmill.models.layers import DropPath
 
 # The official parameter groups know torch's norms only, and these are of another class there.
@@ -155,20 +161,25 @@ class Attention(nn.Module):
         self, colour: Float[Tensor, "B h w D"], depth: Float[Tensor, "B h w E"]
     ) -> tuple[Float[Tensor, "B h w D"], Float[Tensor, "B h w E"] | None]:
         colour, depth = self.norm(colour), self.norm_e(depth)
-        mixed = F.gelu(self.l(colour))
-        merged = torch.cat(self.parts(colour, depth, mixed), dim=-1)
-        return self.proj(merged), None if self.proj_e is None else self.proj_e(merged)
+        query, query_cut, mixed = projected(colour, self.q, self.q_cut, self.l)
+        mixed = F.gelu(mixed)
+        by_colour = query * self.a(self.conv(mixed))
+        by_depth = query_cut * self.e_back(self.e_conv(self.e_fore(depth)))
+        parts = [by_colour, *self.between(colour, depth, mixed), by_depth]
+        merged = torch.cat(parts, dim=-1)
+        if self.proj_e is None:
+            return self.proj(merged), None
+        of_colour, of_depth = projected(merged, self.proj, self.proj_e)
+        return of_colour, of_depth
 
-    def parts(
+    def between(
         self,
-        colour: Float[Tensor, "B h w D"],
-        depth: Float[Tensor, "B h w E"],
-        mixed: Float[Tensor, "B h w D"],
-    ) -> list[Float[Tensor, "B h w _D"]]:
-        """What is merged, side by side."""
-        by_colour = self.q(colour) * self.a(self.conv(mixed))
-        by_depth = self.q_cut(colour) * self.e_back(self.e_conv(self.e_fore(depth)))
-        return [by_colour, by_depth]
+        colour: Float[Tensor, "B h w D"],  # noqa: ARG002 - for what overrides this
+        depth: Float[Tensor, "B h w E"],  # noqa: ARG002
+        mixed: Float[Tensor, "B h w D"],  # noqa: ARG002
+    ) -> list[Float[Tensor, "B h w E"]]:
+        """What is merged beside both: nothing here."""
+        return []
 
 
 class PooledAttention(Attention):
@@ -181,14 +192,14 @@ class PooledAttention(Attention):
         self.short_cut_linear = nn.Linear(width + width // 2, width // 2)
         self.kv = nn.Linear(width, width)
 
-    def parts(
+    def between(
         self,
         colour: Float[Tensor, "B h w D"],
         depth: Float[Tensor, "B h w E"],
         mixed: Float[Tensor, "B h w D"],
-    ) -> list[Float[Tensor, "B h w _D"]]:
-        by_colour, by_depth = super().parts(colour, depth, mixed)
-        return [by_colour, self.of_cells(colour, depth, mixed), by_depth]
+    ) -> list[Float[Tensor, "B h w E"]]:
+        """What the cells found."""
+        return [self.of_cells(colour, depth, mixed)]
 
     def of_cells(
         self,
@@ -220,7 +231,7 @@ class Perceptron(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B h w D"]) -> Float[Tensor, "B h w D"]:
         hidden = self.fc1(self.norm(tokens))
-        return self.fc2(F.gelu(self.pos(hidden) + hidden))
+        return self.fc2(self.pos(hidden, added=hidden, gelu=True))
 
 
 def _pooled(tokens: Float[Tensor, "B h w D"]) -> Float[Tensor, "B cells D"]:

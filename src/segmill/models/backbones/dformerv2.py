@@ -17,9 +17,15 @@ from torch import Tensor, nn
 
 from segmill.checkpoint.dformer_keys import KEYS_FROM_DFORMER
 from segmill.checkpoint.keys import Rule
-from segmill.models.backbones.rgbd import Depthwise, as_map, as_tokens, colour_and_depth
+from segmill.models.backbones.rgbd import (
+    Depthwise,
+    as_map,
+    as_tokens,
+    colour_and_depth,
+    projected,
+)
 from segmill.models.layers import DropPath
-from segmill.ops.geometry_attention import geometry_attention
+from segmill.ops.geometry_attention import attention_along_lines
 
 # In no parameter group of the official training: no layer's weights, but parameters by themselves.
 NEVER_UPDATED = (r".+\.Geo\.weight", r".+\.gamma_[12]")
@@ -93,12 +99,14 @@ class DFormerV2(nn.Module):
 class Geometry:
     """What all blocks of a stage share: depth at its size, and the rotation of each token.
 
-    `sine` is negative at the first value of each pair, where the other one is subtracted.
+    Channels turn in pairs (0 and 1, 2 and 3, ...). `rows` and `columns` count from 0.
     """
 
     depth: Float[Tensor, "B h w"]
-    sine: Float[Tensor, "h w 1 c"]
-    cosine: Float[Tensor, "h w 1 c"]
+    sine: Float[Tensor, "h w pairs"]
+    cosine: Float[Tensor, "h w pairs"]
+    rows: Float[Tensor, "h 1"]
+    columns: Float[Tensor, "w 1"]
 
 
 class Stage(nn.Module):
@@ -123,10 +131,15 @@ class Stage(nn.Module):
         resized = F.interpolate(depth, (height, width), mode="bilinear", align_corners=False)
         angle: Tensor = self.blocks[0].Geo.angle  # type: ignore[assignment]  # the same in all
         number = torch.arange(height * width, device=angle.device, dtype=angle.dtype)
-        turn = (number[:, None] * angle).view(height, width, 1, -1)
-        sine = turn.sin().unflatten(-1, (-1, 2))
-        signed = torch.stack([-sine[..., 0], sine[..., 1]], dim=-1).flatten(-2)
-        return Geometry(depth=resized[:, 0], sine=signed, cosine=turn.cos())
+        # The two of a pair have the same angle.
+        turn = (number[:, None] * angle[::2]).view(height, width, -1)
+        return Geometry(
+            depth=resized[:, 0],
+            sine=turn.sin(),
+            cosine=turn.cos(),
+            rows=_numbers(height, resized),
+            columns=_numbers(width, resized),
+        )
 
 
 class Block(nn.Module):
@@ -160,7 +173,7 @@ class Block(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "B h w D"], geometry: Geometry
     ) -> Float[Tensor, "B h w D"]:
-        tokens = tokens + self.cnn_pos_encode(tokens)
+        tokens = self.cnn_pos_encode(tokens, added=tokens)
         attended = self.Attention(self.layer_norm1(tokens), geometry, self.Geo)
         tokens = tokens + self.drop_path(_scaled(attended, self.gamma_1))
         hidden = self.ffn(self.layer_norm2(tokens))
@@ -201,28 +214,40 @@ class WholeAttention(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "B h w D"], geometry: Geometry, prior: GeometryPrior
     ) -> Float[Tensor, "B h w D"]:
+        query, key, value = projected(tokens, self.q_proj, self.k_proj, self.v_proj)
         split = (self.heads, -1)
-        query = _rotated(self.q_proj(tokens).unflatten(-1, split), geometry)
-        key = _rotated(self.k_proj(tokens).unflatten(-1, split), geometry)
-        value = self.v_proj(tokens)
-        found = self.attended(query, key, value.unflatten(-1, split), geometry.depth, prior)
-        return self.out_proj(found.flatten(-2) + self.lepe(value))
+        found = self.attended(
+            query.unflatten(-1, split),
+            key.unflatten(-1, split),
+            value.unflatten(-1, split),
+            geometry,
+            prior,
+        )
+        return self.out_proj(self.lepe(value, added=found.flatten(-2)))
 
     def attended(
         self,
         query: Float[Tensor, "B h w n c"],
         key: Float[Tensor, "B h w n c"],
         value: Float[Tensor, "B h w n c"],
-        depth: Float[Tensor, "B h w"],
+        geometry: Geometry,
         prior: GeometryPrior,
     ) -> Float[Tensor, "B h w n c"]:
         """What each token finds in the whole map."""
-        height, width = depth.shape[1:]
-        rows, columns = _numbers(height, depth), _numbers(width, depth)
-        position = torch.cartesian_prod(rows, columns)
-        query, key, value = query.flatten(1, 2), key.flatten(1, 2), value.flatten(1, 2)
-        found = _along(query, key, value, depth.flatten(1), position, prior)
-        return found.unflatten(1, (height, width))
+        query, key, value = (each.flatten(1, 2).unsqueeze(1) for each in (query, key, value))
+        found = attention_along_lines(
+            query,
+            key,
+            value,
+            geometry.depth.flatten(1).unsqueeze(1),
+            prior.weight.flatten(),
+            prior.decay,
+            position=torch.cartesian_prod(geometry.rows[:, 0], geometry.columns[:, 0]),
+            across=None,
+            sine=geometry.sine.flatten(0, 1).unsqueeze(0),
+            cosine=geometry.cosine.flatten(0, 1).unsqueeze(0),
+        )
+        return found.squeeze(1).unflatten(1, geometry.depth.shape[1:])
 
 
 class RowColumnAttention(WholeAttention):
@@ -233,13 +258,22 @@ class RowColumnAttention(WholeAttention):
         query: Float[Tensor, "B h w n c"],
         key: Float[Tensor, "B h w n c"],
         value: Float[Tensor, "B h w n c"],
-        depth: Float[Tensor, "B h w"],
+        geometry: Geometry,
         prior: GeometryPrior,
     ) -> Float[Tensor, "B h w n c"]:
         """What each token finds, by way of its row, in the whole map."""
-        value = _along_rows(query, key, value, depth, prior)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return _along_rows(query, key, value, depth.mT, prior).transpose(1, 2)
+        return attention_along_lines(
+            query,
+            key,
+            value,
+            geometry.depth,
+            prior.weight.flatten(),
+            prior.decay,
+            position=geometry.columns,
+            across=geometry.rows,
+            sine=geometry.sine,
+            cosine=geometry.cosine,
+        )
 
 
 class Perceptron(nn.Module):
@@ -253,7 +287,7 @@ class Perceptron(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B h w D"]) -> Float[Tensor, "B h w D"]:
         hidden = F.gelu(self.fc1(tokens))
-        return self.fc2(self.dwconv(hidden) + hidden)
+        return self.fc2(self.dwconv(hidden, added=hidden))
 
 
 class Surroundings(nn.Module):
@@ -263,8 +297,10 @@ class Surroundings(nn.Module):
         super().__init__()
         self.dwconv = Depthwise(width, kernel=kernel)
 
-    def forward(self, tokens: Float[Tensor, "B h w D"]) -> Float[Tensor, "B h w D"]:
-        return self.dwconv(tokens)
+    def forward(
+        self, tokens: Float[Tensor, "B h w D"], *, added: Float[Tensor, "B h w D"]
+    ) -> Float[Tensor, "B h w D"]:
+        return self.dwconv(tokens, added=added)
 
 
 class PatchEmbed(nn.Module):
@@ -301,42 +337,8 @@ class PatchMerging(nn.Module):
         return self.norm(self.reduction(feature))
 
 
-def _along_rows(
-    query: Float[Tensor, "B h w n c"],
-    key: Float[Tensor, "B h w n c"],
-    value: Float[Tensor, "B h w n c"],
-    depth: Float[Tensor, "B h w"],
-    prior: GeometryPrior,
-) -> Float[Tensor, "B h w n c"]:
-    height, width = depth.shape[1:]
-    query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
-    found = _along(query, key, value, depth.flatten(0, 1), _numbers(width, depth), prior)
-    return found.unflatten(0, (-1, height))
-
-
-def _along(
-    query: Float[Tensor, "N L n c"],
-    key: Float[Tensor, "N L n c"],
-    value: Float[Tensor, "N L n c"],
-    depth: Float[Tensor, "N L"],
-    position: Float[Tensor, "L *plane"],
-    prior: GeometryPrior,
-) -> Float[Tensor, "N L n c"]:
-    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    weight = prior.weight.flatten()
-    found = geometry_attention(query, key, value, position, depth, weight, prior.decay)
-    return found.transpose(1, 2)
-
-
-def _rotated(tokens: Float[Tensor, "B h w n c"], geometry: Geometry) -> Float[Tensor, "B h w n c"]:
-    """Each pair of values (0 and 1, 2 and 3, ...) turned in its plane."""
-    sine, cosine = geometry.sine.to(tokens.dtype), geometry.cosine.to(tokens.dtype)
-    swapped = tokens.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(tokens * cosine, swapped, sine)
-
-
-def _numbers(count: int, like: Tensor) -> Float[Tensor, " L"]:
-    return torch.arange(count, device=like.device, dtype=like.dtype)
+def _numbers(count: int, like: Tensor) -> Float[Tensor, "count 1"]:
+    return torch.arange(count, device=like.device, dtype=like.dtype)[:, None]
 
 
 def _scaled(

@@ -1,13 +1,16 @@
-"""What the two DFormer trunks share: the split of an RGB-D image, and convolutions of tokens.
+"""What the two DFormer trunks share: the split of an RGB-D image, and layers of tokens.
 
 Tokens are (B, h, w, D); such a map permuted to (B, D, h, w) is torch's channels-last layout, so
 that going from one to the other moves nothing.
 """
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from segmill.errors import SegmillError
+from segmill.ops.depthwise_conv import depthwise_conv
 
 
 def colour_and_depth(
@@ -42,6 +45,22 @@ class Depthwise(nn.Conv2d):
         super().__init__(width, width, kernel, padding=kernel // 2, groups=width)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # tokens, not `input`
-        self, tokens: Float[Tensor, "B h w D"]
+        self,
+        tokens: Float[Tensor, "B h w D"],
+        *,
+        added: Float[Tensor, "B h w D"] | None = None,
+        gelu: bool = False,
     ) -> Float[Tensor, "B h w D"]:
-        return as_tokens(super().forward(as_map(tokens)))
+        """With `added`, perhaps the tokens themselves, and then perhaps a GELU, in one pass."""
+        assert self.bias is not None
+        return depthwise_conv(tokens, self.weight, self.bias, added=added, gelu=gelu)
+
+
+def projected(
+    tokens: Float[Tensor, "B h w D"], *layers: nn.Linear
+) -> tuple[Float[Tensor, "B h w _E"], ...]:
+    """What each of the layers makes of the same tokens, by one matrix product."""
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = torch.cat([layer.bias for layer in layers])
+    widths = [layer.out_features for layer in layers]
+    return F.linear(tokens, weight, bias).split(widths, dim=-1)
