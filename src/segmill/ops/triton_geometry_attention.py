@@ -14,16 +14,22 @@ from torch.autograd.function import once_differentiable
 from segmill.ops.triton_geometry_kernels import attend, to_keys, to_queries
 
 
-class Turn(NamedTuple):
-    """Sines and cosines of the pairs of each token: (M, L, c / 2), float32."""
+class Tokens(NamedTuple):
+    """Of (B, M, L, n, c) and (B, M, L, n, d); queries and keys have the same strides."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class Geometry(NamedTuple):
+    """All float32. Sines and cosines are those of the pairs of each token: (M, L, c / 2).
+
+    `position` is (L, P), or (M, P) where attention goes across the lines; depth is (B, M, L).
+    """
 
     sine: Tensor
     cosine: Tensor
-
-
-class Bias(NamedTuple):
-    """What the scores fall by: positions (L, 1) or (L, 2), depth (B, M, L), factors; float32."""
-
     position: Tensor
     depth: Tensor
     weight: Tensor
@@ -48,27 +54,24 @@ class GeometryAttentionCuda(torch.autograd.Function):
         decay: Tensor,
         position: Tensor,
         across: Tensor | None,
-        sine: Tensor | None,
-        cosine: Tensor | None,
+        sine: Tensor,
+        cosine: Tensor,
     ) -> Tensor:
         """Only queries, keys, values and `weight` have gradients."""
-        query, key, value = _readable(query, key), _readable(key, query), _readable(value, value)
-        turn = None if sine is None or cosine is None else Turn(sine.float(), cosine.float())
-        bias = Bias(position.float(), depth.float(), weight.float(), decay.float())
-        found, partition = _attended(query, key, value, turn, bias)
-        saved = [query, key, value, found, partition]
-        result = found
+        tokens = Tokens(_readable(query, key), _readable(key, query), _readable(value, value))
+        # Tables have one distance from pair to pair, and both the same.
+        tables = sine.float().contiguous(), cosine.float().contiguous()
+        bias = (depth.float(), weight.float(), decay.float())
+        geometry = Geometry(*tables, position.float(), *bias)
+        found, partition = _attended(tokens, geometry, crossed=False)
+        saved, result = (*tokens, *geometry, found, partition), found
         if across is not None:
-            other = _transposed(bias, across)
-            query_, key_, found_ = (each.transpose(1, 2) for each in (query, key, found))
-            found, partition = _attended(query_, key_, found_, _turned_over(turn), other)
-            saved += [found, partition]
-            result = found.transpose(1, 2)
-        empty = query.new_empty(0)
-        ctx.save_for_backward(
-            *saved, *bias, empty if across is None else across.float(), *(turn or (empty, empty))
-        )
-        ctx.crossed, ctx.turns, ctx.weight_type = across is not None, turn is not None, weight.dtype
+            geometry = geometry._replace(position=across.float())
+            tokens = tokens._replace(value=found)
+            result, partition = _attended(tokens, geometry, crossed=True)
+            saved = (*saved, geometry.position, result, partition)
+        ctx.save_for_backward(*saved)
+        ctx.crossed, ctx.weight_type = across is not None, weight.dtype
         return result
 
     @staticmethod
@@ -77,30 +80,28 @@ class GeometryAttentionCuda(torch.autograd.Function):
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor | None, ...]:
         """Scores are computed again from the logarithm of their sums."""
-        query, key, value, found, partition, *rest = ctx.saved_tensors
-        bias, across, turn = Bias(*rest[-7:-3]), rest[-3], Turn(*rest[-2:])
-        turn = turn if ctx.turns else None
-        gradient, wanted = gradients[0], ctx.needs_input_grad[4]
-        to_query, to_key = _like(query), _like(key)
+        saved = ctx.saved_tensors
+        tokens, geometry = Tokens(*saved[:3]), Geometry(*saved[3:9])
+        found, partition = saved[9:11]
+        gradient, weighed = _readable(gradients[0], gradients[0]), ctx.needs_input_grad[4]
+        results = Tokens(*(_like(each) for each in tokens))
         to_weight = None
         if ctx.crossed:
-            last, last_partition = rest[:2]
+            position, last, last_partition = saved[11:]
             to_found = _like(found)
-            tokens = [each.transpose(1, 2) for each in (query, key, found)]
-            results = [each.transpose(1, 2) for each in (to_query, to_key, to_found)]
             to_weight = _differentiated(
-                tokens, last, last_partition, gradient.transpose(1, 2), results,
-                _turned_over(turn), _transposed(bias, across), more=False, weighed=wanted,
+                tokens._replace(value=found), geometry._replace(position=position), last,
+                last_partition, gradient, results._replace(value=to_found),
+                crossed=True, more=False, weighed=weighed,
             )  # fmt: skip
             gradient = to_found
-        to_value = _like(value)
         along = _differentiated(
-            [query, key, value], found, partition, gradient, [to_query, to_key, to_value],
-            turn, bias, more=ctx.crossed, weighed=wanted,
+            tokens, geometry, found, partition, gradient, results,
+            crossed=False, more=ctx.crossed, weighed=weighed,
         )  # fmt: skip
         if along is not None:
             to_weight = (along if to_weight is None else along + to_weight).to(ctx.weight_type)
-        return to_query, to_key, to_value, None, to_weight, *[None] * 5
+        return *results, None, to_weight, None, None, None, None, None
 
 
 def _readable(tokens: Tensor, partner: Tensor) -> Tensor:
@@ -114,63 +115,46 @@ def _like(tokens: Tensor) -> Tensor:
     return torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
 
 
-def _transposed(bias: Bias, across: Tensor) -> Bias:
-    return bias._replace(position=across.float(), depth=bias.depth.transpose(1, 2))
-
-
-def _turned_over(turn: Turn | None) -> Turn | None:
-    return None if turn is None else Turn(turn.sine.transpose(0, 1), turn.cosine.transpose(0, 1))
-
-
-def _attended(
-    query: Tensor, key: Tensor, value: Tensor, turn: Turn | None, bias: Bias
-) -> tuple[Tensor, Tensor]:
-    """What was found (B, M, L, n, d), and the logarithms, of base 2, of the sums (B, M, n, L)."""
-    B, M, L, n, _ = query.shape
-    found = torch.empty((B, M, L, n, value.shape[4]), dtype=value.dtype, device=value.device)
-    partition = torch.empty((B, M, n, L), dtype=torch.float32, device=value.device)
-    block = _block(L, query.dtype)
-    attend[(B * M * n * triton.cdiv(L, block["BLOCK"]),)](
-        query, key, value, found, partition, *_tables(query, turn), *bias,
-        *_sizes(query, value, turn, bias), *found.stride()[:4],
-        **_constants(query, value, turn, bias), **block,
-    )  # fmt: skip
+def _attended(tokens: Tokens, geometry: Geometry, *, crossed: bool) -> tuple[Tensor, Tensor]:
+    """What was found (B, M, L, n, d), and the logarithms, of base 2, of the sums: (programs, L)."""
+    B, M, L, n = _extent(tokens.query, crossed)
+    found = _like(tokens.value)
+    partition = torch.empty((B * M * n, L), dtype=torch.float32, device=found.device)
+    block = _block(L, found.dtype)
+    arguments: tuple[Any, ...] = (*tokens, found, partition, *geometry)
+    arguments += (*_sizes(tokens, geometry, crossed), *_strides(found, crossed))
+    programs = B * M * n * triton.cdiv(L, block["BLOCK"])
+    attend[(programs,)](*arguments, **_constants(tokens, geometry), **block)
     return found, partition
 
 
 def _differentiated(
-    tokens: list[Tensor],
+    tokens: Tokens,
+    geometry: Geometry,
     found: Tensor,
     partition: Tensor,
     gradient: Tensor,
-    results: list[Tensor],
-    turn: Turn | None,
-    bias: Bias,
+    results: Tokens,
     *,
+    crossed: bool,
     more: bool,
     weighed: bool,
 ) -> Tensor | None:
     """Fills `results`; `more` adds to what is in those of queries and keys. To the weights."""
-    query, key, value = tokens
-    gradient = _readable(gradient, gradient)
-    B, M, L, n, _ = query.shape
-    block = _block(L, query.dtype)
+    B, M, L, n = _extent(tokens.query, crossed)
+    block = _block(L, found.dtype)
     programs = B * M * n * triton.cdiv(L, block["BLOCK"])
     overlap = torch.empty_like(partition)
-    to_weight = partition.new_empty((programs, 2) if weighed else (1, 2))
-    to_query, to_key, to_value = results
-    tables, sizes = _tables(query, turn), _sizes(query, value, turn, bias)
-    constants = _constants(query, value, turn, bias) | block | {"MORE": more}
-    to_queries[(programs,)](
-        query, key, value, found, gradient, partition, overlap, to_query, to_weight,
-        *tables, *bias, *sizes, *found.stride()[:4], *gradient.stride()[:4], *to_query.stride()[:4],
-        **constants, WEIGHED=weighed,
-    )  # fmt: skip
-    to_keys[(programs,)](
-        query, key, value, gradient, partition, overlap, to_key, to_value,
-        *tables, *bias, *sizes, *gradient.stride()[:4], *to_key.stride()[:4],
-        *to_value.stride()[:4], **constants,
-    )  # fmt: skip
+    to_weight = partition.new_empty((programs if weighed else 1, 2))
+    common = (*geometry, *_sizes(tokens, geometry, crossed))
+    of_gradient, of_query = _strides(gradient, crossed), _strides(results.query, crossed)
+    constants = {**_constants(tokens, geometry), **block, "MORE": more}
+    arguments: tuple[Any, ...] = (*tokens, found, gradient, partition, overlap, results.query)
+    arguments += (to_weight, *common, *_strides(found, crossed), *of_gradient, *of_query)
+    to_queries[(programs,)](*arguments, **constants, WEIGHED=weighed)
+    arguments = (*tokens, gradient, partition, overlap, results.key, results.value, *common)
+    arguments += (*of_gradient, *_strides(results.key, crossed), *_strides(results.value, crossed))
+    to_keys[(programs,)](*arguments, **constants)
     return to_weight.sum(0) if weighed else None
 
 
@@ -185,26 +169,37 @@ def _block(length: int, kind: torch.dtype) -> dict[str, int]:
     return {"BLOCK": 32 if small else 64, "num_warps": 2 if small else 4, "num_stages": 2}
 
 
-def _tables(query: Tensor, turn: Turn | None) -> tuple[Tensor, Tensor]:
-    return (query, query) if turn is None else (turn.sine, turn.cosine)
+def _extent(query: Tensor, crossed: bool) -> tuple[int, int, int, int]:
+    """Images, lines, tokens of a line, and heads."""
+    B, M, L, n, _ = query.shape
+    return (B, L, M, n) if crossed else (B, M, L, n)
 
 
-def _sizes(query: Tensor, value: Tensor, turn: Turn | None, bias: Bias) -> tuple[float, ...]:
-    _, M, L, n, c = query.shape
-    table = (0, 0) if turn is None else turn.sine.stride()[:2]
-    scale = c**-0.5
-    return (scale, M, L, n, *query.stride()[:4], *value.stride()[:4], *table, *bias.depth.stride())
+def _strides(tokens: Tensor, crossed: bool) -> tuple[int, int, int, int]:
+    """From image to image, line to line, token to token and head to head."""
+    image, line, token, head, _ = tokens.stride()
+    return (image, token, line, head) if crossed else (image, line, token, head)
 
 
-def _constants(query: Tensor, value: Tensor, turn: Turn | None, bias: Bias) -> dict[str, Any]:
-    c, d = query.shape[4], value.shape[4]
+def _sizes(tokens: Tokens, geometry: Geometry, crossed: bool) -> tuple[float, ...]:
+    _, *extent = _extent(tokens.query, crossed)
+    scale = tokens.query.shape[4] ** -0.5
+    of_tokens = (*_strides(tokens.query, crossed), *_strides(tokens.value, crossed))
+    line, token = geometry.sine.stride()[:2]
+    image, depth_line, depth_token = geometry.depth.stride()
+    if crossed:
+        line, token, depth_line, depth_token = token, line, depth_token, depth_line
+    return (scale, *extent, *of_tokens, line, token, image, depth_line, depth_token)
+
+
+def _constants(tokens: Tokens, geometry: Geometry) -> dict[str, Any]:
+    c, d = tokens.query.shape[4], tokens.value.shape[4]
     return {
         "C": c,
         "D": d,
         # The matrix units take no less than 16.
         "WIDTH": max(16, triton.next_power_of_2(c)),
         "VALUES": max(16, triton.next_power_of_2(d)),
-        "PLANE": bias.position.shape[1] == 2,
-        "TURNS": turn is not None,
+        "PLANE": geometry.position.shape[1] == 2,
         "TF32": torch.backends.cuda.matmul.allow_tf32,
     }

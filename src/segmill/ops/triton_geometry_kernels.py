@@ -22,7 +22,7 @@ def attend(
     scale, M, L, n, q_b, q_m, q_l, q_n, v_b, v_m, v_l, v_n, t_m, t_l, d_b, d_m, d_l,
     f_b, f_m, f_l, f_n,
     C: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr,
-    PLANE: tl.constexpr, TURNS: tl.constexpr, TF32: tl.constexpr, BLOCK: tl.constexpr,
+    PLANE: tl.constexpr, TF32: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the queries find, and the logarithms of the sums of their exponentials."""
     b, m, head, i, line = _place(M, L, n, BLOCK)
@@ -34,7 +34,7 @@ def attend(
     cosine += m * t_m
     depth += b * d_b + m * d_m
     to_image, to_depth = _factors(weight, decay, head)
-    q = _turned(query, sine, cosine, i, known, q_l, t_l, C, WIDTH, TURNS)
+    q = _turned(query, sine, cosine, i, known, q_l, t_l, C, WIDTH)
     y, x, z = _geometry(position, depth, i, known, d_l, PLANE)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -42,7 +42,7 @@ def attend(
     for start in range(0, L, BLOCK):
         j = start + tl.arange(0, BLOCK)
         here = j < L
-        k = _turned(key, sine, cosine, j, here, q_l, t_l, C, WIDTH, TURNS)
+        k = _turned(key, sine, cosine, j, here, q_l, t_l, C, WIDTH)
         v = _tokens(value, j, here, v_l, D, VALUES)
         y_j, x_j, z_j = _geometry(position, depth, j, here, d_l, PLANE)
         apart, deeper = _distances(y, x, z, y_j, x_j, z_j, PLANE)
@@ -67,7 +67,7 @@ def to_queries(
     scale, M, L, n, q_b, q_m, q_l, q_n, v_b, v_m, v_l, v_n, t_m, t_l, d_b, d_m, d_l,
     f_b, f_m, f_l, f_n, g_b, g_m, g_l, g_n, r_b, r_m, r_l, r_n,
     C: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr,
-    PLANE: tl.constexpr, TURNS: tl.constexpr, TF32: tl.constexpr, BLOCK: tl.constexpr,
+    PLANE: tl.constexpr, TF32: tl.constexpr, BLOCK: tl.constexpr,
     MORE: tl.constexpr, WEIGHED: tl.constexpr,
 ):  # fmt: skip
     """Also the overlap of gradient and result, which the keys need, and the programs' weights."""
@@ -80,7 +80,7 @@ def to_queries(
     cosine += m * t_m
     depth += b * d_b + m * d_m
     to_image, to_depth = _factors(weight, decay, head)
-    q = _turned(query, sine, cosine, i, known, q_l, t_l, C, WIDTH, TURNS)
+    q = _turned(query, sine, cosine, i, known, q_l, t_l, C, WIDTH)
     y, x, z = _geometry(position, depth, i, known, d_l, PLANE)
     g = _tokens(gradient + b * g_b + m * g_m + head * g_n, i, known, g_l, D, VALUES)
     f = _tokens(found + b * f_b + m * f_m + head * f_n, i, known, f_l, D, VALUES)
@@ -93,7 +93,7 @@ def to_queries(
     for start in range(0, L, BLOCK):
         j = start + tl.arange(0, BLOCK)
         here = j < L
-        k = _turned(key, sine, cosine, j, here, q_l, t_l, C, WIDTH, TURNS)
+        k = _turned(key, sine, cosine, j, here, q_l, t_l, C, WIDTH)
         v = _tokens(value, j, here, v_l, D, VALUES)
         y_j, x_j, z_j = _geometry(position, depth, j, here, d_l, PLANE)
         apart, deeper = _distances(y, x, z, y_j, x_j, z_j, PLANE)
@@ -110,9 +110,7 @@ def to_queries(
         tl.store(to_weight + 2 * tl.program_id(0), rate * tl.sum(of_image, axis=0))
         tl.store(to_weight + 2 * tl.program_id(0) + 1, rate * tl.sum(of_depth, axis=0))
     to_query += b * r_b + m * r_m + head * r_n
-    _write_turned_back(
-        to_query, sums * scale, sine, cosine, i, known, r_l, t_l, C, WIDTH, TURNS, MORE
-    )
+    _write_turned_back(to_query, sums * scale, sine, cosine, i, known, r_l, t_l, C, WIDTH, MORE)
 
 
 @triton.jit
@@ -123,7 +121,7 @@ def to_keys(
     scale, M, L, n, q_b, q_m, q_l, q_n, v_b, v_m, v_l, v_n, t_m, t_l, d_b, d_m, d_l,
     g_b, g_m, g_l, g_n, r_b, r_m, r_l, r_n, w_b, w_m, w_l, w_n,
     C: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr,
-    PLANE: tl.constexpr, TURNS: tl.constexpr, TF32: tl.constexpr, BLOCK: tl.constexpr,
+    PLANE: tl.constexpr, TF32: tl.constexpr, BLOCK: tl.constexpr,
     MORE: tl.constexpr,
 ):  # fmt: skip
     """Keys are the rows here, queries the columns."""
@@ -137,7 +135,7 @@ def to_keys(
     cosine += m * t_m
     depth += b * d_b + m * d_m
     to_image, to_depth = _factors(weight, decay, head)
-    k = _turned(key, sine, cosine, j, known, q_l, t_l, C, WIDTH, TURNS)
+    k = _turned(key, sine, cosine, j, known, q_l, t_l, C, WIDTH)
     v = _tokens(value, j, known, v_l, D, VALUES)
     y, x, z = _geometry(position, depth, j, known, d_l, PLANE)
     sums = tl.zeros([BLOCK, WIDTH], tl.float32)
@@ -145,7 +143,7 @@ def to_keys(
     for start in range(0, L, BLOCK):
         i = start + tl.arange(0, BLOCK)
         here = i < L
-        q = _turned(query, sine, cosine, i, here, q_l, t_l, C, WIDTH, TURNS)
+        q = _turned(query, sine, cosine, i, here, q_l, t_l, C, WIDTH)
         g = _tokens(gradient, i, here, g_l, D, VALUES)
         y_i, x_i, z_i = _geometry(position, depth, i, here, d_l, PLANE)
         logarithm = tl.load(partition + line * L + i, mask=here, other=float("inf"))
@@ -159,9 +157,7 @@ def to_keys(
         sums += _product(to_scores.to(q.dtype), q, TF32)
     _write(to_value + b * w_b + m * w_m + head * w_n, values, j, known, w_l, D, VALUES)
     to_key += b * r_b + m * r_m + head * r_n
-    _write_turned_back(
-        to_key, sums * scale, sine, cosine, j, known, r_l, t_l, C, WIDTH, TURNS, MORE
-    )
+    _write_turned_back(to_key, sums * scale, sine, cosine, j, known, r_l, t_l, C, WIDTH, MORE)
 
 
 @triton.jit
@@ -247,13 +243,11 @@ def _rotated(tokens, sin, cos, WIDTH: tl.constexpr):
 @no_type_check
 def _turned(
     first, sine, cosine, token, known, stride, t_l,
-    C: tl.constexpr, WIDTH: tl.constexpr, TURNS: tl.constexpr,
+    C: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     tokens = _tokens(first, token, known, stride, C, WIDTH)
-    if TURNS:
-        sin, cos = _angles(sine, cosine, token, known, t_l, C, WIDTH)
-        tokens = _rotated(tokens.to(tl.float32), sin, cos, WIDTH).to(tokens.dtype)
-    return tokens
+    sin, cos = _angles(sine, cosine, token, known, t_l, C, WIDTH)
+    return _rotated(tokens.to(tl.float32), sin, cos, WIDTH).to(tokens.dtype)
 
 
 @triton.jit
@@ -268,12 +262,11 @@ def _write(first, tokens, token, known, stride, C: tl.constexpr, WIDTH: tl.const
 @no_type_check
 def _write_turned_back(
     first, tokens, sine, cosine, token, known, stride, t_l,
-    C: tl.constexpr, WIDTH: tl.constexpr, TURNS: tl.constexpr, MORE: tl.constexpr,
+    C: tl.constexpr, WIDTH: tl.constexpr, MORE: tl.constexpr,
 ):  # fmt: skip
     """A gradient turns the other way; with `MORE` it is added to what is there."""
-    if TURNS:
-        sin, cos = _angles(sine, cosine, token, known, t_l, C, WIDTH)
-        tokens = _rotated(tokens, -sin, cos, WIDTH)
+    sin, cos = _angles(sine, cosine, token, known, t_l, C, WIDTH)
+    tokens = _rotated(tokens, -sin, cos, WIDTH)
     if MORE:
         tokens += _tokens(first, token, known, stride, C, WIDTH).to(tl.float32)
     _write(first, tokens, token, known, stride, C, WIDTH)
