@@ -1,9 +1,9 @@
-"""BN: BatchNorm layers use the statistics of the image itself; no weight changes.
+"""BN: BatchNorm layers use the statistics of the batch itself; no weight changes.
 
 Papers:  Schneider et al., "Improving robustness against common corruptions by covariate shift
          adaptation", NeurIPS 2020, https://arxiv.org/abs/2006.16971, without the source's share in
          the statistics (N = 0); Nado et al. 2020, https://arxiv.org/abs/2006.10963.
-Follows: the papers' idea with the pixels of one image as the batch.
+Follows: the papers' idea; of segmentation the pixels of one image are the batch.
 """
 
 import logging
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class BN:
     """Updates nothing and has no loss; `tta.batch_statistics: true` is the whole method.
 
-    Nothing is remembered: each image is normalised by itself alone.
+    Nothing is remembered: each batch is normalised by itself alone.
     """
 
     def __init__(self, *, model: CombinedModel) -> None:

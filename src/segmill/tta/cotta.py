@@ -5,7 +5,8 @@ Paper:   Wang et al., "Continual Test-Time Domain Adaptation", CVPR 2022,
 Follows: the authors' segmentation code (SegFormer, Cityscapes to ACDC), whose numbers are in
          configs/tta/cotta.yaml: everything in eval mode, hard labels, the threshold asked pixel by
          pixel, and the labels themselves as the prediction. There, views are averaged and the loss
-         is taken at the image's size; here both are at the stride of the logits.
+         is taken at the image's size; here both are at the stride of the logits. The rule of its
+         classification code is another: cotta_classification.py.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from segmill.tta.weight_sets import WeightSet, in_place, shard_like
 
 
 class CoTTA:
-    """One step an image on the cross-entropy with the teacher's labels; all weights learn.
+    """One step a batch on the cross-entropy with the teacher's labels; all weights learn.
 
     Where the source model is surer than `threshold`, the label is the teacher's for the image as
     it is; elsewhere its mean over the image at `ratios` of its size (sides stretched up to a
@@ -61,7 +62,7 @@ class CoTTA:
     def adapt(
         self, views: Views, updater: Updater, generator: torch.Generator
     ) -> tuple[Float[Tensor, "B K h w"], Float[Tensor, ""]]:
-        """Learn from one image; the logits are the teacher's, as `predict` gives them."""
+        """Learn from a batch; the logits are the teacher's, as `predict` gives them."""
         teacher_logits = self.predict(views)
         logits = self.model.discriminative(views.image)
         loss = F.cross_entropy(logits.float(), teacher_logits.argmax(dim=1))
@@ -99,8 +100,8 @@ class CoTTA:
         return self._source, self._teacher
 
     def _plain_and_mean(
-        self, image: UInt8[Tensor, "1 C H W"], size: tuple[int, int]
-    ) -> tuple[Float[Tensor, "1 K h w"], Float[Tensor, "1 K h w"]]:
+        self, image: UInt8[Tensor, "B C H W"], size: tuple[int, int]
+    ) -> tuple[Float[Tensor, "B K h w"], Float[Tensor, "B K h w"]]:
         """Probabilities of the image as it is, and their mean over all views of it."""
         probs: list[Tensor] = []
         for ratio in self.ratios:
@@ -112,8 +113,8 @@ class CoTTA:
         return plain, torch.cat(probs).mean(dim=0, keepdim=True)
 
     def _prob(
-        self, view: UInt8[Tensor, "1 C H W"] | Float[Tensor, "1 C H W"], size: tuple[int, int]
-    ) -> Float[Tensor, "1 K h w"]:
+        self, view: UInt8[Tensor, "B C H W"] | Float[Tensor, "B C H W"], size: tuple[int, int]
+    ) -> Float[Tensor, "B K h w"]:
         """Probabilities of a view at `size`."""
         logits = self.model.discriminative(view).float()
         if tuple(logits.shape[2:]) != size:
@@ -121,8 +122,8 @@ class CoTTA:
         return logits.softmax(dim=1)
 
     def _scaled(
-        self, image: UInt8[Tensor, "1 C H W"], ratio: float
-    ) -> UInt8[Tensor, "1 C H W"] | Float[Tensor, "1 C _h _w"]:
+        self, image: UInt8[Tensor, "B C H W"], ratio: float
+    ) -> UInt8[Tensor, "B C H W"] | Float[Tensor, "B C _h _w"]:
         if ratio == 1:
             return image
         height, width = (

@@ -1,17 +1,18 @@
-"""SAR: entropy of the reliable pixels only, at weights from where every direction leads down.
+"""SAR: entropy of the reliable images or pixels only, at weights from where every direction leads down.
 
 Paper:   Niu et al., "Towards Stable Test-Time Adaptation in Dynamic Wild World", ICLR 2023,
          https://arxiv.org/abs/2302.12400
 Follows: the paper and its public code, whose numbers are in configs/tta/sar.yaml. There an image is
-         reliable or not, here a pixel is. After a recovery the moving average starts anew; the
-         public code means to do so too, but writes the old value back.
+         reliable or not; so it is here for a classifier, and for segmentation a pixel is. After a
+         recovery the moving average starts anew; the public code means to do so too, but writes
+         the old value back.
 """
 
 import logging
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
@@ -21,6 +22,7 @@ from segmill.models.combined import CombinedModel
 from segmill.tta.entropy import pixel_entropy
 from segmill.tta.method import Updater, Views
 from segmill.tta.norm_layers import norm_layers
+from segmill.tta.selection import selected_mean
 from segmill.tta.sharding import local
 from segmill.tta.weight_sets import WeightSet, in_place
 
@@ -28,9 +30,9 @@ log = logging.getLogger(__name__)
 
 
 class SAR:
-    """One sharpness-aware step an image on the mean entropy, at the logits' own stride.
+    """One sharpness-aware step a batch on the mean entropy, at the logits' own stride.
 
-    Pixels with an entropy below `entropy_share` x ln K count. The gradient is taken at distance
+    Images (of segmentation: pixels) with an entropy below `entropy_share` x ln K count. The gradient is taken at distance
     `rho` from the weights, in the direction in which the entropy grows. Once the moving average
     (`memory` of it is kept) falls below `recover_below` nats the model has collapsed, and weights
     and optimizer start from the source again.
@@ -74,7 +76,7 @@ class SAR:
         updater: Updater,
         generator: torch.Generator,  # noqa: ARG002
     ) -> tuple[Float[Tensor, "B K h w"], Float[Tensor, ""]]:
-        """Learn from one image; without a reliable pixel nothing is learnt, and the loss is 0."""
+        """Learn from a batch; where nothing is reliable nothing is learnt, and the loss is 0."""
         parameters = self.parameters_to_update()
         if self._source is None:
             self._source = WeightSet(parameters)
@@ -82,7 +84,7 @@ class SAR:
         margin = self.entropy_share * math.log(logits.shape[1])
         entropy = pixel_entropy(logits)
         reliable = entropy.detach() < margin
-        loss = _mean(entropy, reliable)
+        loss, _ = selected_mean(entropy, reliable)
         updater.backward(loss)
 
         before = WeightSet(parameters)
@@ -90,12 +92,12 @@ class SAR:
         updater.zero_grad()
         entropy = pixel_entropy(self.model.discriminative(views.image))
         still_reliable = reliable & (entropy.detach() < margin)
-        climbed_loss = _mean(entropy, still_reliable)
+        climbed_loss, still = selected_mean(entropy, still_reliable)
         updater.backward(climbed_loss)
         before.put_into(parameters)
 
         # One wait for the device; all processes have run the same passes, whatever comes out.
-        count, value = torch.stack([still_reliable.sum().float(), climbed_loss.detach()]).tolist()
+        count, value = torch.stack([still, climbed_loss.detach()]).tolist()
         if count > 0:
             updater.step()
             self._recover_after(value, parameters, updater)
@@ -124,11 +126,6 @@ class SAR:
             self._source.put_into(parameters)
             updater.forget()
             self._average = None
-
-
-def _mean(entropy: Float[Tensor, "B h w"], chosen: Bool[Tensor, "B h w"]) -> Float[Tensor, ""]:
-    """Mean over the chosen pixels; 0 of none, with a gradient of 0."""
-    return (entropy * chosen).sum() / chosen.sum().clamp(min=1)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 Paper:   Wang et al., "Tent: Fully Test-Time Adaptation by Entropy Minimization", ICLR 2021,
          https://arxiv.org/abs/2006.10726
-Follows: the paper; the entropy is averaged over pixels. Layers are chosen by type, so LayerNorm,
+Follows: the paper; the entropy is averaged over images, of segmentation over pixels. Layers are chosen by type, so LayerNorm,
          GroupNorm and RMSNorm learn too. BatchNorm by the image's statistics, the paper's other
          half, is `tta.batch_statistics: true`.
 """
@@ -18,7 +18,7 @@ from segmill.tta.norm_layers import norm_layers
 
 
 class Tent:
-    """One step an image on the mean entropy, in nats, at the logits' own stride.
+    """One step a batch on the mean entropy, in nats, at the logits' own stride.
 
     It decides itself what is updated; `model.update` and the guide have no part in it.
     """
@@ -37,7 +37,7 @@ class Tent:
         updater: Updater,
         generator: torch.Generator,  # noqa: ARG002
     ) -> tuple[Float[Tensor, "B K h w"], Float[Tensor, ""]]:
-        """Learn from one image."""
+        """Learn from a batch."""
         logits = self.model.discriminative(views.image)
         loss = pixel_entropy(logits).mean()
         updater.backward(loss)
