@@ -5,10 +5,11 @@ from itertools import product
 import numpy as np
 import pytest
 
-from segmill.bootstrap import compare, draw_weights, miou_of_areas, resampled_miou
+from segmill.bootstrap import compare, draw_weights, resampled_scores
 from segmill.errors import SegmillError
 from segmill.metrics import scores
-from segmill.tta.results import MethodResult, TaskResult, areas_of
+from segmill.tta.counts import ImageCounts, PixelCounts, areas_of, miou_of_areas
+from segmill.tta.results import MethodResult, TaskResult
 
 
 def method(name, *tasks, names=None, order="abc"):
@@ -22,8 +23,10 @@ def method(name, *tasks, names=None, order="abc"):
                 corruption="fog",
                 severity=5,
                 names=names or tuple(f"image{number}" for number in range(len(confusions))),
-                areas=np.stack([areas_of(each) for each in confusions]),
-                confusion=np.sum(confusions, axis=0),
+                counts=PixelCounts(
+                    areas=np.stack([areas_of(each) for each in confusions]),
+                    confusion=np.sum(confusions, axis=0),
+                ),
                 seconds=0.1,
                 peak_memory=0,
                 loss=0.0,
@@ -101,8 +104,8 @@ def test_matrix_products_equal_a_loop_over_resamples():
     names = [f"image{number}" for number in range(7)]
     weights = draw_weights(7, resamples=50, seed=3)
     assert (weights.sum(axis=1) == 7).all()
-    fast = resampled_miou(result, names, weights)
-    areas = np.stack([task.areas for task in result.tasks])
+    fast = resampled_scores(result, names, weights)
+    areas = np.stack([task.counts.areas for task in result.tasks])
     for resample, task in product(range(50), range(2)):
         drawn = np.repeat(np.arange(7), weights[resample].astype(int))
         slow = miou_of_areas(areas[task][drawn].sum(axis=0)[None])

@@ -39,7 +39,7 @@ LAYERS: list[tuple[str, int, set[str] | None]] = [
         (name, 0, PORTABLE_LIBRARIES)
         for name in ("parameter_rules", "seeds", "schedules", "validation")
     ),
-    *((name, 0, PORTABLE_LIBRARIES) for name in ("bootstrap", "tta.results")),
+    *((name, 0, PORTABLE_LIBRARIES) for name in ("bootstrap", "tta.counts", "tta.results")),
     ("model_file", 1, PORTABLE_LIBRARIES),
     ("report.*", 1, REPORT_LIBRARIES),
     *((name, 2, TORCH_LIBRARIES) for name in ("ops.*", "losses", "photometric")),

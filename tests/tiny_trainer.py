@@ -10,6 +10,7 @@ from segmill.commands.adapt_trainer import AdaptTrainerSettings
 from segmill.data.tasks import Task
 from segmill.models.combined import CombinedModel
 from segmill.tta.module import TTAModule
+from segmill.tta.record import TaskRecord
 from tiny_adapt import CLASSES, tiny_views
 from tiny_tasks import PROTOCOL
 
@@ -27,12 +28,13 @@ ONE_CPU = AdaptTrainerSettings(
 )
 
 
-def module_of(model: CombinedModel, **changes: Any) -> TTAModule:
+def module_of(model: CombinedModel, *, num_classes: int = CLASSES, **changes: Any) -> TTAModule:
     """`changes` are other keywords of TTAModule."""
     settings: dict[str, Any] = {
         "model": model,
-        "protocol": PROTOCOL,
-        "num_classes": CLASSES,
+        "new_record": lambda device: TaskRecord(
+            num_classes=num_classes, protocol=PROTOCOL, device=device
+        ),
         "seed": 0,
         "predict": "before",
         "compiled": False,

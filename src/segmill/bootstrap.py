@@ -1,7 +1,7 @@
-"""Paired bootstrap: how sure a difference in mIoU is, given the images that were scored.
+"""Paired bootstrap: how sure a difference in mIoU or top-1 is, given the images that were scored.
 
 Images are drawn with replacement, by name: an image that is drawn twice counts twice in every task
-that it occurs in, under both methods. mIoU is then read off the summed areas of the drawn images
+that it occurs in, under both methods. The score is then read off what the drawn images sum up to
 (Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, percentile interval). The interval
 says nothing about other seeds, other orders of the images or other data.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 
 from segmill.errors import SegmillError
 from segmill.tta.results import MethodResult
@@ -37,7 +37,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Method minus source: of every task's mIoU, and of the mean over the tasks."""
+    """Method minus source: of every task's score, and of the mean over the tasks."""
 
     tasks: tuple[Interval, ...]
     mean: Interval
@@ -56,12 +56,12 @@ def compare(
         check_same_images(method, source)
     names = sorted({name for task in source.tasks for name in task.names})
     weights = draw_weights(len(names), resamples=resamples, seed=seed)
-    reference = resampled_miou(source, names, weights)
+    reference = resampled_scores(source, names, weights)
     found = []
     for method in methods:
-        drawn = resampled_miou(method, names, weights) - reference
+        drawn = resampled_scores(method, names, weights) - reference
         pairs = zip(method.tasks, source.tasks, strict=True)
-        exact = np.array([ours.mIoU - theirs.mIoU for ours, theirs in pairs])
+        exact = np.array([ours.score - theirs.score for ours, theirs in pairs])
         tasks = tuple(
             _interval(float(difference), column, names, level)
             for difference, column in zip(exact, drawn.T, strict=True)
@@ -78,31 +78,19 @@ def draw_weights(images: int, *, resamples: int, seed: int) -> Float[np.ndarray,
     return drawn.astype(np.float64)  # products of counts below 2**53 are exact
 
 
-def resampled_miou(
+def resampled_scores(
     result: MethodResult, names: Sequence[str], weights: Float[np.ndarray, "R U"]
 ) -> Float[np.ndarray, "R T"]:
-    """mIoU of every task under every resample of the images `names`."""
+    """The headline of every task under every resample of the images `names`."""
     position = {name: index for index, name in enumerate(names)}
     columns = []
     for task in result.tasks:
-        _, kinds, classes = task.areas.shape
+        each = task.counts.sums()
         where = np.array([position[name] for name in task.names], dtype=np.int64)
-        by_name = np.zeros((len(names), kinds * classes))
-        np.add.at(by_name, where, task.areas.reshape(len(where), -1))
-        columns.append(miou_of_areas((weights @ by_name).reshape(-1, kinds, classes)))
+        by_name = np.zeros((len(names), each.shape[1]))
+        np.add.at(by_name, where, each)
+        columns.append(task.counts.headline_of(weights @ by_name))
     return np.stack(columns, axis=1)
-
-
-def miou_of_areas(
-    areas: Float[np.ndarray, "R 3 K"] | Int64[np.ndarray, "R 3 K"],
-) -> Float[np.ndarray, " R"]:
-    """The formula of metrics.py: a class in no label and no prediction drops out of the mean."""
-    hit, label, pred = np.moveaxis(areas, 1, 0)
-    union = label + pred - hit
-    present = union > 0
-    iou = np.where(present, hit / np.where(present, union, 1), 0)
-    count = present.sum(axis=1)
-    return np.where(count > 0, iou.sum(axis=1) / np.maximum(count, 1), np.nan)
 
 
 def check_same_images(method: MethodResult, source: MethodResult) -> None:

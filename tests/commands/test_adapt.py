@@ -62,8 +62,8 @@ def assert_same(one: Path, other: Path, row: str, tasks: tuple[str, ...] = TASKS
     for a, b in zip(results_of(one, row, tasks), results_of(other, row, tasks), strict=True):
         assert a.names == b.names
         assert a.loss == b.loss
-        np.testing.assert_array_equal(a.areas, b.areas)
-        np.testing.assert_array_equal(a.confusion, b.confusion)
+        np.testing.assert_array_equal(a.counts.areas, b.counts.areas)
+        np.testing.assert_array_equal(a.counts.confusion, b.counts.confusion)
 
 
 def test_a_run_leaves_everything_that_says_what_it_was(finished: Path) -> None:
@@ -104,7 +104,7 @@ def test_metrics_of_every_task_have_its_name_and_its_own_axis(finished: Path) ->
 def test_the_running_miou_is_that_of_the_summed_confusion_matrix(finished: Path) -> None:
     for row in ("source", "tent", "dusa"):
         for result in results_of(finished, row):
-            hits, label, pred = np.cumsum(result.areas, axis=0).transpose(1, 0, 2)
+            hits, label, pred = np.cumsum(result.counts.areas, axis=0).transpose(1, 0, 2)
             with np.errstate(invalid="ignore"):
                 expected = np.nanmean(hits / (label + pred - hits), axis=1)
             found = [

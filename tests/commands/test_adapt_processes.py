@@ -67,8 +67,8 @@ def test_losses_and_counts_are_those_of_one_process(exact: tuple[Path, Path], ro
     two, one = (results_of(run, row) for run in exact)
     for found, expected in zip(two, one, strict=True):
         assert found.names == expected.names
-        np.testing.assert_array_equal(found.confusion, expected.confusion)
-        np.testing.assert_array_equal(found.areas, expected.areas)
+        np.testing.assert_array_equal(found.counts.confusion, expected.counts.confusion)
+        np.testing.assert_array_equal(found.counts.areas, expected.counts.areas)
         # float32, the same sums in another order.
         assert found.loss == pytest.approx(expected.loss, rel=1e-6)
 
@@ -86,10 +86,15 @@ def test_in_bfloat16_losses_agree_to_a_thousandth(
     two, one = (results_of(run, row) for run in mixed_precision)
     for found, expected in zip(two, one, strict=True):
         assert found.names == expected.names
-        np.testing.assert_array_equal(found.confusion.sum(axis=1), expected.confusion.sum(axis=1))
+        np.testing.assert_array_equal(
+            found.counts.confusion.sum(axis=1), expected.counts.confusion.sum(axis=1)
+        )
         assert found.loss == pytest.approx(expected.loss, rel=1e-3)
         # Of nearly equal logits the larger one depends on the last of 8 bits.
-        assert np.abs(found.confusion - expected.confusion).sum() < 0.02 * found.confusion.sum()
+        assert (
+            np.abs(found.counts.confusion - expected.counts.confusion).sum()
+            < 0.02 * found.counts.confusion.sum()
+        )
 
 
 def test_only_the_first_process_speaks_and_writes(exact: tuple[Path, Path]) -> None:

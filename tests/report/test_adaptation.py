@@ -17,7 +17,8 @@ from segmill.report.adaptation import write_adaptation_report
 from segmill.report.charts import dot_chart
 from segmill.report.comparison import print_table, write_csv
 from segmill.report.examples import BeforeAfter
-from segmill.tta.results import MethodResult, TaskResult, areas_of
+from segmill.tta.counts import ImageCounts, PixelCounts, areas_of
+from segmill.tta.results import MethodResult, TaskResult
 
 CLASSES = Classes(("road", "天空"), np.array([[9, 9, 9], [0, 0, 250]], np.uint8), ("a", "b"))
 NAMES = ("street", "park", "river", "bridge")
@@ -32,8 +33,10 @@ def task_result(hits, corruption="fog", index=1, **changes):
         "corruption": corruption,
         "severity": 5,
         "names": NAMES,
-        "areas": np.stack([areas_of(each) for each in confusion]),
-        "confusion": confusion.sum(axis=0),
+        "counts": PixelCounts(
+            areas=np.stack([areas_of(each) for each in confusion]),
+            confusion=confusion.sum(axis=0),
+        ),
         "seconds": 0.25,
         "peak_memory": 0,
         "loss": 0.0,
@@ -130,10 +133,10 @@ def test_the_csv_holds_fractions_a_row_a_task_and_the_mean(tmp_path):
     assert [row["task"] for row in rows[3:]] == ["01_gaussian_noise_5", "02_shot_noise_5", "mean"]
     (found,) = compare([tent], source, seed=0)
     for row, result, interval in zip(rows[3:5], tent.tasks, found.tasks, strict=True):
-        assert float(row["mIoU"]) == result.mIoU
+        assert float(row["mIoU"]) == result.score
         assert tuple(float(row[key]) for key in ("difference", "low", "high")) == interval
     assert float(rows[5]["difference"]) == found.mean.difference
-    assert float(rows[5]["mIoU"]) == tent.mIoU
+    assert float(rows[5]["mIoU"]) == tent.score
     assert (rows[5]["images"], rows[5]["order"]) == ("8", "abc123")
 
 

@@ -60,7 +60,7 @@ def adapt(folder: Path, loggers: list[Any], *, every: int, epochs: int = 1) -> T
         module.task = task
         line = f"source  {task.name}"
         first = 5 * epochs * number
-        callback = TaskLog(task, first=first, every=every, loggers=loggers, line=line)
+        callback = TaskLog(task, first=first, images=5, every=every, loggers=loggers, line=line)
         trainer = ONE_CPU.trainer(folder, epochs=epochs, callbacks=[callback])
         trainer.fit(module, train_dataloaders=batches(5))
     return module
@@ -104,7 +104,8 @@ def test_the_progress_line_has_the_running_score(
     with caplog.at_level(logging.INFO, logger="segmill.tta.log"):
         module = adapt(tmp_path, [], every=100)
     *_, last = (record.getMessage() for record in caplog.records)
-    assert last == f"source  04_snow_5  5/5  mIoU {100 * module.record.miou():.2f}  loss 0.0000"
+    score = 100 * module.record.scores()["mIoU"]
+    assert last == f"source  04_snow_5  5/5  mIoU {score:.2f}  loss 0.0000"
     assert len(caplog.records) == 4
 
 
@@ -119,7 +120,7 @@ def test_the_end_of_a_method_is_its_mean_and_a_table_of_its_tasks(tmp_path: Path
     log_summary([logger], result, step=10)
     ((step, means),) = logger.logged
     assert step == 10
-    assert means["tta/mIoU"] == result.mIoU
+    assert means["tta/mIoU"] == result.score
     columns, rows = logger.tables["tta/tasks"]
     assert columns[:2] == ["task", "mIoU"]
-    assert [row[:2] for row in rows] == [[task.name, tasks[0].mIoU] for task in TASKS]
+    assert [row[:2] for row in rows] == [[task.name, tasks[0].score] for task in TASKS]

@@ -71,16 +71,16 @@ def test_reset_gives_back_every_bit_and_an_optimizer_without_a_past(tmp_path: Pa
 
     module.on_train_start = note
     fit(module, tmp_path, TASKS[0])
-    first, losses = weights_of(module), module.record.mean_loss()
+    first, losses = weights_of(module), module.record.course.mean_loss()
     assert not any(torch.equal(first[name], source[name]) for name in first)
     module.reset()
     assert same(source, weights_of(module))
     fit(module, tmp_path, TASKS[0])
     assert same(first, weights_of(module)), "after a reset the task goes as it went"
-    assert module.record.mean_loss() == losses
+    assert module.record.course.mean_loss() == losses
     fit(module, tmp_path, TASKS[0])
     assert states == [0, 0, len(list(model.parameters()))], "without one the optimizer goes on"
-    assert module.record.mean_loss() < losses
+    assert module.record.course.mean_loss() < losses
 
 
 def test_another_method_begins_with_the_sources_weights_and_statistics(tmp_path: Path) -> None:
@@ -138,9 +138,9 @@ def test_what_a_network_draws_follows_from_the_image_whatever_was_drawn_before(
         module.begin(CoTTA(model=model, **COTTA), SETTINGS, batch_statistics=False)
         torch.rand(draws)
         preds: list[Tensor] = []
-        module.on_image = lambda index, batch, pred, to=preds: to.append(pred)
+        module.on_images = lambda index, batch, pred, to=preds: to.append(pred)
         fit(module, tmp_path, TASKS[0])
-        found.append((module.record.mean_loss(), weights_of(module), torch.cat(preds)))
+        found.append((module.record.course.mean_loss(), weights_of(module), torch.cat(preds)))
     (loss, weights, pred), (other_loss, other_weights, other_pred) = found
     assert loss == other_loss
     assert same(weights, other_weights)
@@ -175,7 +175,7 @@ def test_the_prediction_is_from_before_or_after_the_update(tmp_path: Path, predi
     module.begin(method, SGD(learning_rate=1.0, momentum=0.0, **RULES), batch_statistics=False)
     before = method.predict(tiny_views(seed=0))
     preds: list[Tensor] = []
-    module.on_image = lambda index, batch, pred: preds.append(pred)
+    module.on_images = lambda index, batch, pred: preds.append(pred)
     fit(module, tmp_path, TASKS[0], images=1)
     after = method.predict(tiny_views(seed=0))
     by_weights = {
@@ -282,10 +282,10 @@ def test_the_record_is_of_the_images_in_their_order(tmp_path: Path) -> None:
     module = module_of(model)
     module.begin(Source(model=model), None, batch_statistics=False)
     kept: list[int] = []
-    module.on_image = lambda index, batch, pred: kept.append(index)
+    module.on_images = lambda index, batch, pred: kept.append(index)
     fit(module, tmp_path, TASKS[0])
     result = module.record.result(task="01_fog_5", corruption="fog", severity=5)
     assert result.names == ("image 0", "image 1", "image 2")
     assert kept == [0, 1, 2]
-    np.testing.assert_array_equal(result.areas[:, 1].argmax(axis=1), [0, 1, 2])
-    assert result.confusion.sum() == 3 * HEIGHT * WIDTH
+    np.testing.assert_array_equal(result.counts.areas[:, 1].argmax(axis=1), [0, 1, 2])
+    assert result.counts.confusion.sum() == 3 * HEIGHT * WIDTH

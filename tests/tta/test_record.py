@@ -1,19 +1,23 @@
 """What a task's record counts, and what it makes of it."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from segmill.errors import SegmillError
 from segmill.metrics import scores
 from segmill.tta.record import TaskRecord
+from tiny_tasks import PROTOCOL
 
 CLASSES = 4
 
 
 def record() -> TaskRecord:
-    return TaskRecord(num_classes=CLASSES, ignore_index=255, device=torch.device("cpu"))
+    return TaskRecord(num_classes=CLASSES, protocol=PROTOCOL, device=torch.device("cpu"))
 
 
 def maps(seed: int) -> tuple[Tensor, Tensor]:
@@ -26,10 +30,19 @@ def maps(seed: int) -> tuple[Tensor, Tensor]:
     return pred, label.to(torch.uint8)
 
 
+def step(seed: int) -> tuple[dict[str, Any], Tensor]:
+    """A batch, and logits whose argmax is the prediction of `maps`."""
+    pred, label = maps(seed)
+    logits = F.one_hot(pred, CLASSES).permute(0, 3, 1, 2).float()
+    image = torch.zeros(1, 3, *pred.shape[1:], dtype=torch.uint8)
+    return {"image": image, "label": label, "name": f"image {seed}"}, logits
+
+
 def filled(count: int) -> TaskRecord:
     found = record()
     for seed in range(count):
-        found.add(f"image {seed}", *maps(seed), loss=float(seed), seconds=float(seed**2))
+        pred = found.add(*step(seed), loss=float(seed), seconds=float(seed**2))
+        assert torch.equal(pred, maps(seed)[0])
     return found
 
 
@@ -42,19 +55,19 @@ def confusion(seed: int) -> np.ndarray:
 
 def test_the_score_is_that_of_all_pixels_and_no_mean_over_images() -> None:
     total = sum(confusion(seed) for seed in range(4))
-    assert filled(4).miou() == scores(total)["mIoU"]
+    assert filled(4).scores()["mIoU"] == scores(total)["mIoU"]
     mean = np.mean([scores(confusion(seed))["mIoU"] for seed in range(4)])
-    assert abs(filled(4).miou() - mean) > 1e-3
+    assert abs(filled(4).scores()["mIoU"] - mean) > 1e-3
 
 
 def test_the_result_has_every_image_by_itself() -> None:
     result = filled(4).result(task="01_fog_5", corruption="fog", severity=5)
     assert result.names == tuple(f"image {seed}" for seed in range(4))
     np.testing.assert_array_equal(
-        result.confusion[:, :CLASSES], sum(confusion(seed) for seed in range(4))
+        result.counts.confusion[:, :CLASSES], sum(confusion(seed) for seed in range(4))
     )
     for seed in range(4):
-        hits, label, pred = result.areas[seed]
+        hits, label, pred = result.counts.areas[seed]
         expected = confusion(seed)
         np.testing.assert_array_equal(hits, np.diagonal(expected))
         np.testing.assert_array_equal(label, expected.sum(axis=1))
@@ -69,8 +82,8 @@ def test_losses_are_averaged_and_a_slow_first_image_is_not_the_speed() -> None:
 
 
 def test_a_label_outside_the_classes_is_refused() -> None:
-    pred, label = maps(0)
-    label[0, 3, 3] = 77
+    batch, logits = step(0)
+    batch["label"][0, 3, 3] = 77
     found = record()
     with pytest.raises(SegmillError, match="the value 77"):
-        found.add("image", pred, label, loss=0.0, seconds=0.0)
+        found.add(batch, logits, loss=0.0, seconds=0.0)

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from segmill.metrics import confusion_with_misses, scores
-from segmill.tta.results import (
-    MethodResult,
-    TaskResult,
-    areas_of,
-    load_task,
-    save_task,
-    write_json,
-)
+from segmill.tta.counts import ImageCounts, PixelCounts, areas_of, calibration_error
+from segmill.tta.results import MethodResult, TaskResult, load_task, save_task, write_json
+
+
+def pixels(confusions, **changes):
+    parts = {
+        "areas": np.stack([areas_of(each) for each in confusions]),
+        "confusion": np.sum(confusions, axis=0),
+    }
+    return PixelCounts(**{**parts, **changes})
 
 
 def task_result(confusions, **changes):
@@ -25,8 +27,7 @@ def task_result(confusions, **changes):
         "corruption": "motion_blur",
         "severity": 5,
         "names": tuple(f"street/{index}" for index in range(len(confusions))),
-        "areas": np.stack([areas_of(each) for each in confusions]),
-        "confusion": np.sum(confusions, axis=0),
+        "counts": pixels(confusions),
         "seconds": 0.5,
         "peak_memory": 0,
         "loss": 1.5,
@@ -50,26 +51,26 @@ def test_a_prediction_outside_the_classes_is_in_the_area_of_its_label_only():
 
 def test_scores_are_those_of_the_confusion_matrix_and_absent_classes_drop_out():
     result = task_result([FIRST])
-    assert result.mIoU == 0.625
+    assert result.score == 0.625
     assert result.scores["mAcc"] == scores(FIRST)["mAcc"] == 0.875
 
 
 def test_the_score_of_a_task_is_no_mean_over_images():
     result = task_result([FIRST, SECOND])
-    assert result.mIoU == scores(FIRST + SECOND)["mIoU"]
-    assert result.mIoU != pytest.approx(np.mean([scores(FIRST)["mIoU"], scores(SECOND)["mIoU"]]))
+    assert result.score == scores(FIRST + SECOND)["mIoU"]
+    assert result.score != pytest.approx(np.mean([scores(FIRST)["mIoU"], scores(SECOND)["mIoU"]]))
 
 
 def test_areas_that_do_not_add_up_are_refused():
     with pytest.raises(AssertionError, match="add up"):
-        task_result([FIRST], confusion=SECOND)
+        pixels([FIRST], confusion=SECOND)
 
 
 def test_a_method_averages_over_tasks_and_its_seconds_over_images():
     short = task_result([FIRST], seconds=4.0, peak_memory=7)
     long = task_result([FIRST, FIRST, SECOND], seconds=1.0, peak_memory=9)
     method = MethodResult(name="tent", tasks=(short, long), order="abc")
-    assert method.mIoU == (short.mIoU + long.mIoU) / 2
+    assert method.score == (short.score + long.score) / 2
     assert method.seconds == 7 / 4
     assert (method.images, method.peak_memory) == (4, 9)
 
@@ -82,8 +83,8 @@ def test_a_saved_task_is_read_as_it_was(tmp_path):
     for key in ("task", "corruption", "severity", "names", "seconds", "peak_memory"):
         assert getattr(read, key) == getattr(saved, key)
     assert math.isnan(read.loss)
-    assert (read.areas == saved.areas).all()
-    assert (read.confusion == saved.confusion).all()
+    assert (read.counts.areas == saved.counts.areas).all()
+    assert (read.counts.confusion == saved.counts.confusion).all()
 
 
 def test_a_task_that_was_not_finished_is_none(tmp_path):
@@ -96,7 +97,7 @@ def test_no_half_a_file_is_left(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         save_task(tmp_path, task_result([SECOND]))
     assert [path.name for path in (tmp_path / "tasks").iterdir()] == ["06_motion_blur_5.npz"]
-    assert load_task(tmp_path, "06_motion_blur_5").mIoU == 0.625
+    assert load_task(tmp_path, "06_motion_blur_5").score == 0.625
 
 
 def test_the_json_holds_fractions_and_null_for_what_is_undefined(tmp_path):

@@ -119,10 +119,11 @@ def _fit(
     module = parts.module
     module.task = task
     if parts.is_first_process:
-        module.on_image = pictures.keep_for(row.name, task)
+        module.on_images = pictures.keep_for(row.name, task)
     every = parts.settings.log_every
     line = f"{row.name}  {task.name}"
-    callback = TaskLog(task, first=first, every=every, loggers=loggers, line=line)
+    images = parts.images_of(mixed=row.tta.mixed)
+    callback = TaskLog(task, first=first, images=images, every=every, loggers=loggers, line=line)
     trainer = parts.settings.trainer(folder, epochs=row.tta.max_epochs, callbacks=[callback])
     loader = parts.loader(task, mixed=row.tta.mixed)
     trainer.fit(module, train_dataloaders=loader)

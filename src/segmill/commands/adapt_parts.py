@@ -58,6 +58,12 @@ class AdaptParts:
         count = len(self.data.dataset(self.data.tasks[0]))
         return count if self.limit is None else min(self.limit, count)
 
+    def images_of(self, *, mixed: bool) -> int:
+        """Images of each stream."""
+        if self.settings.fast_dev_run:
+            return len(self.data.tasks) if mixed else 1
+        return self.images * (len(self.data.tasks) if mixed else 1)
+
     def streams(self, *, mixed: bool) -> list[Task]:
         """What is adapted to, one after the other: the tasks, or all of them as one."""
         if mixed:
@@ -127,8 +133,7 @@ def build_adapt_parts(config: DictConfig) -> AdaptParts:
     model: CombinedModel = build(config.model, **extra)
     module = TTAModule(
         model=model,
-        protocol=protocol,
-        num_classes=len(data.classes),
+        new_record=data.new_record,
         seed=config.seed,
         predict=config.tta.predict,
         compiled=settings.compile,

@@ -33,18 +33,17 @@ class Pictures:
         self.wanted = list(dict.fromkeys((task.name, index) for task, index in chosen))
 
     def keep_for(self, method: str, task: Task) -> Callable[[int, dict[str, Any], Tensor], None]:
-        """What TTAModule calls for every image of a task."""
+        """What TTAModule calls for every batch of a task."""
         wanted = {index for name, index in self.wanted if name == task.name}
 
-        def keep(index: int, batch: dict[str, Any], pred: Tensor) -> None:
-            if index not in wanted:
-                return
-            stem = f"{task.name}_{index}"
-            own = self._folder / FOLDER
-            image = batch["original"][0].permute(1, 2, 0).cpu().numpy()
-            _write(own / f"{stem}_image.png", np.ascontiguousarray(image[..., 2::-1]))
-            _write(own / f"{stem}_label.png", batch["label"][0].cpu().numpy())
-            _write(self._folder / method / FOLDER / f"{stem}.png", pred[0].cpu().numpy())
+        def keep(first: int, batch: dict[str, Any], pred: Tensor) -> None:
+            for index in wanted & set(range(first, first + len(pred))):
+                stem, one = f"{task.name}_{index}", index - first
+                own = self._folder / FOLDER
+                image = batch["original"][one].permute(1, 2, 0).cpu().numpy()
+                _write(own / f"{stem}_image.png", np.ascontiguousarray(image[..., 2::-1]))
+                _write(own / f"{stem}_label.png", batch["label"][one].cpu().numpy())
+                _write(self._folder / method / FOLDER / f"{stem}.png", pred[one].cpu().numpy())
 
         return keep
 

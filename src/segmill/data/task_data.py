@@ -22,6 +22,7 @@ from segmill.data.stream import shuffled
 from segmill.data.task_folders import CorruptedWhileRead, TaskFolders
 from segmill.data.tasks import Task, tasks_of
 from segmill.protocol import Protocol
+from segmill.tta.record import TaskRecord
 
 TaskSamples = FolderDataset | CorruptedWhileRead
 
@@ -111,6 +112,10 @@ class TaskData:
         samples = [self._samples[task] for task in tasks]
         stream = _Stream(samples, tasks, self._places(tasks, limit), self.protocol)
         return forked_loader(stream, unchanged, workers=self.workers, batch_size=None)
+
+    def new_record(self, device: torch.device) -> TaskRecord:
+        """Counts the images of a task that is about to begin."""
+        return TaskRecord(num_classes=len(self.classes), protocol=self.protocol, device=device)
 
     def order_hash(self) -> str:
         """Twelve hex digits of the names of all tasks, in the order they are seen in."""

@@ -62,10 +62,10 @@ def adaptation_table(results: Sequence[MethodResult], *, seed: int) -> TextTable
 
 
 def _dots(results: Sequence[MethodResult]) -> DotChart:
-    values = np.array([[task.mIoU for task in result.tasks] for result in results]).T
-    means = np.array([[result.mIoU for result in results]])
+    values = np.array([[task.score for task in result.tasks] for result in results]).T
+    means = np.array([[result.score for result in results]])
     return dot_chart(
-        "mIoU by corruption",
+        f"{results[0].counts.headline} by corruption",
         [*short_names(results[0].tasks), "mean"],
         [result.name for result in results],
         np.concatenate([values, means]),

@@ -39,22 +39,9 @@ SHORT = {
     "gaussian_blur": "g. blur",
 }
 DIFFERENCE = "diff."
-CSV_COLUMNS = (
-    "method",
-    "task",
-    "corruption",
-    "severity",
-    "images",
-    "mIoU",
-    "mAcc",
-    "aAcc",
-    "difference",
-    "low",
-    "high",
-    "seconds_per_image",
-    "peak_memory_bytes",
-    "order",
-)
+# The scores of its kind of task stand in between.
+CSV_BEFORE = ("method", "task", "corruption", "severity", "images")
+CSV_AFTER = ("difference", "low", "high", "seconds_per_image", "peak_memory_bytes", "order")
 
 
 class Line(NamedTuple):
@@ -86,26 +73,30 @@ def lines_of(results: Sequence[MethodResult], *, seed: int) -> list[Line]:
 
 
 def columns_of(lines: Sequence[Line]) -> list[Column]:
-    """Tasks, their mean, the difference to the source, seconds and memory: what is known."""
+    """Tasks, their mean, the difference to the source, further means, seconds, memory: what is known."""
     tasks = lines[0].result.tasks
     columns = [
         Column(
             name,
             _scores(
-                [line.result.tasks[index].mIoU for line in lines],
+                [line.result.tasks[index].score for line in lines],
                 [line.comparison and line.comparison.tasks[index] for line in lines],
             ),
         )
         for index, name in enumerate(short_names(tasks))
     ]
     overall = [line.comparison and line.comparison.mean for line in lines]
-    columns.append(Column("mean", _scores([line.result.mIoU for line in lines], overall)))
+    columns.append(Column("mean", _scores([line.result.score for line in lines], overall)))
     if any(overall):
         columns.append(Column(DIFFERENCE, [_difference(each) for each in overall]))
         columns.append(Column("low", [Cell(signed(each.low) if each else "") for each in overall]))
         columns.append(
             Column("high", [Cell(signed(each.high) if each else "") for each in overall])
         )
+    columns += [
+        Column(name, [Cell(percent(line.result.scores[name])) for line in lines])
+        for name in lines[0].result.counts.beside
+    ]
     columns.append(Column("s/image", [Cell(_seconds(line.result.seconds)) for line in lines]))
     if any(line.result.peak_memory for line in lines):
         columns.append(Column("GiB", [Cell(_gib(line.result.peak_memory)) for line in lines]))
@@ -127,7 +118,9 @@ def caption(lines: Sequence[Line]) -> str:
     severity = f", severity {severities.pop()}" if len(severities) == 1 else ""
     counts = [len(task.names) for task in result.tasks]
     images = f"{min(counts)}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
-    said = [f"mIoU in percent; {images} images a task{severity}; order {result.order}."]
+    said = [
+        f"{result.counts.headline} in percent; {images} images a task{severity}; order {result.order}."
+    ]
     if any(line.comparison for line in lines):
         said.append(
             f"{DIFFERENCE}: mean minus {SOURCE}, from low to high in {100 * LEVEL:.0f} % of "
@@ -161,8 +154,9 @@ def write_csv(path: str | Path, results: Sequence[MethodResult], *, seed: int) -
     """One row for every method and task, and one with the task `mean`; empty is undefined."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for result, comparison in lines_of(results, seed=seed):
+    lines = lines_of(results, seed=seed)
+    writer.writerow([*CSV_BEFORE, *results[0].counts.shown, *CSV_AFTER])
+    for result, comparison in lines:
         intervals = comparison.tasks if comparison else (None,) * len(result.tasks)
         for task, interval in zip(result.tasks, intervals, strict=True):
             what = (task.task, task.corruption, task.severity, len(task.names))
@@ -268,7 +262,7 @@ def _csv_row(
     interval: Interval | None,
     cost: tuple[float, int | None],
 ) -> list[str | int | float | None]:
-    numbers = [scores[name] for name in ("mIoU", "mAcc", "aAcc")]
+    numbers = [scores[name] for name in result.counts.shown]
     differences = interval or (None, None, None)
     row = [result.name, *what, *numbers, *differences, *cost, result.order]
     return [None if isinstance(cell, float) and math.isnan(cell) else cell for cell in row]

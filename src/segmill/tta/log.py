@@ -21,8 +21,10 @@ log = logging.getLogger(__name__)
 class TaskLog(Callback):
     """Writes `tta/03_motion_blur_5/mIoU` and `/loss` over `/image`, the number of images so far.
 
+    The scores are those of the module's record: top1, top5 and ece of classification.
+
     The number grows from epoch to epoch. `first` is that of the tasks before: loggers want one step
-    that only grows.
+    that only grows. `images` are those of an epoch; `every` counts batches.
     """
 
     def __init__(
@@ -30,11 +32,12 @@ class TaskLog(Callback):
         task: Task,
         *,
         first: int,
+        images: int,
         every: int,
         loggers: list[Logger],
         line: str,
     ) -> None:
-        self._task, self._first, self._every = task, first, every
+        self._task, self._first, self._images, self._every = task, first, images, every
         self._loggers, self._line = loggers, line
 
     def on_train_start(
@@ -59,7 +62,7 @@ class TaskLog(Callback):
         batch: Any,  # noqa: ARG002
         batch_idx: int,
     ) -> None:
-        """Every so many images, at the first one, and at the last: the task's score."""
+        """Every so many batches, at the first one, and at the last: the task's scores."""
         if batch_idx % self._every == 0 or batch_idx + 1 == trainer.num_training_batches:
             self._write(trainer, pl_module)
 
@@ -74,17 +77,18 @@ class TaskLog(Callback):
 
     def _write(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         assert isinstance(module, TTAModule)
-        record, total = module.record, int(trainer.num_training_batches)
-        images, miou, loss = len(record.names), record.miou(), record.mean_loss()
-        seen = trainer.current_epoch * total + images
-        values = {"mIoU": miou, "loss": loss, "image": float(seen)}
+        course, scores = module.record.course, module.record.scores()
+        images, loss = len(course.names), course.mean_loss()
+        seen = trainer.current_epoch * self._images + images
+        values = {**scores, "loss": loss, "image": float(seen)}
         for logger in self._loggers:
             logger.log_metrics(
                 {f"tta/{self._task.name}/{key}": value for key, value in values.items()},
                 step=self._first + seen,
             )
         if trainer.is_global_zero:
-            log.info("%s  %d/%d  mIoU %.2f  loss %.4f", self._line, images, total, 100 * miou, loss)
+            found = "  ".join(f"{name} {100 * value:.2f}" for name, value in scores.items())
+            log.info("%s  %d/%d  %s  loss %.4f", self._line, images, self._images, found, loss)
 
 
 def log_summary(loggers: Sequence[Logger], result: MethodResult, *, step: int) -> None:
@@ -93,6 +97,6 @@ def log_summary(loggers: Sequence[Logger], result: MethodResult, *, step: int) -
     for logger in loggers:
         logger.log_metrics(means, step=step)
         if isinstance(logger, WandbLogger):
-            columns = ["task", "mIoU", "loss", "seconds per image"]
-            rows = [[task.task, task.mIoU, task.loss, task.seconds] for task in result.tasks]
+            columns = ["task", result.counts.headline, "loss", "seconds per image"]
+            rows = [[task.task, task.score, task.loss, task.seconds] for task in result.tasks]
             logger.log_table("tta/tasks", columns=columns, data=rows)

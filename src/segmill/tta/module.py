@@ -1,4 +1,4 @@
-"""TTAModule: one image at a time through an adaptation method, scored before the update.
+"""TTAModule: one batch at a time through an adaptation method, scored before the update.
 
 It knows no model: a method says which parameters it updates and what its loss is. One module
 serves all methods and tasks; `begin` chooses the method and starts from the source's weights.
@@ -22,13 +22,11 @@ from segmill.data.tasks import Task
 from segmill.draws import draws_from
 from segmill.errors import SegmillError
 from segmill.evidence import write_evidence
-from segmill.inference import label_of_logits
 from segmill.models.combined import CombinedModel
 from segmill.optim import OptimizerSettings
-from segmill.protocol import Protocol
 from segmill.tta.batch_statistics import BatchStatistics
 from segmill.tta.method import Method, Views
-from segmill.tta.record import TaskRecord
+from segmill.tta.record import Record, names_of
 from segmill.tta.sharding import (
     Snapshot,
     compile_blocks,
@@ -42,17 +40,17 @@ from segmill.tta.sharding import (
 class TTAModule(lightning.LightningModule):
     """Adapts `model` to the images of one task after another; a Trainer fits it once for each.
 
-    Batches are those of `TaskData.loader`: one image. `on_image(index, batch, pred)` is called for
-    every image, which is how pictures for a report are kept; `evidence` is a folder for an image
-    whose loss is not finite.
+    Batches are those of the task data's loader, `new_record` is the task data's: one image of
+    segmentation, one or more of classification. `on_images(first, batch, pred)` is called for every
+    batch with the number of its first image, which is how pictures for a report are kept;
+    `evidence` is a folder for images whose loss is not finite.
     """
 
     def __init__(
         self,
         *,
         model: CombinedModel,
-        protocol: Protocol,
-        num_classes: int,
+        new_record: Callable[[torch.device], Record],
         seed: int,
         predict: Literal["before", "after"],
         compiled: bool,
@@ -61,9 +59,9 @@ class TTAModule(lightning.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.model = model
-        self.protocol, self.num_classes, self.seed = protocol, num_classes, seed
+        self.new_record, self.seed = new_record, seed
         self.predict, self.compiled, self.evidence = predict, compiled, evidence
-        self.on_image: Callable[[int, dict[str, Any], Tensor], None] = _ignore
+        self.on_images: Callable[[int, dict[str, Any], Tensor], None] = _ignore
         self.task: Task | None = None
         self._configured = False
         self._method: Method | None = None
@@ -149,14 +147,10 @@ class TTAModule(lightning.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Count anew: of several epochs the last one is what is reported."""
-        self.record = TaskRecord(
-            num_classes=self.num_classes,
-            ignore_index=self.protocol.ignore_index,
-            device=self.device,
-        )
+        self.record = self.new_record(self.device)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Adapt to one image, and count its prediction from before (or after) the update."""
+        """Adapt to a batch, and count its predictions from before (or after) the update."""
         started = self._now()
         views = Views(image=batch["image"], original=batch["original"])
         method_seed, network_seed = self._draw_seeds(batch_idx)
@@ -166,15 +160,12 @@ class TTAModule(lightning.LightningModule):
             if self.predict == "after":
                 with torch.no_grad():
                     logits = self.method.predict(views)
-        height, width = batch["label"].shape[1:]
-        content = views.image.shape[2], views.image.shape[3]
-        pred = label_of_logits(logits, content, (height, width), self.protocol)
         value = float(loss)
         if not math.isfinite(value):
             self._stop(value, batch)
         seconds = self._now() - started
-        self.record.add(batch["name"], pred, batch["label"], loss=value, seconds=seconds)
-        self.on_image(batch_idx, batch, pred)
+        pred = self.record.add(batch, logits, loss=value, seconds=seconds)
+        self.on_images(len(self.record.course.names) - len(pred), batch, pred)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -192,21 +183,22 @@ class TTAModule(lightning.LightningModule):
         return int(of_method >> 1), int(of_networks >> 1)
 
     def _stop(self, loss: float, batch: dict[str, Any]) -> None:
+        names, seen = names_of(batch), len(self.record.course.names)
         kept = ""
         if self.evidence is not None:
             folder = self.evidence / f"rank{self.global_rank}"
             write_evidence(
                 folder,
-                step=len(self.record.names),
+                step=seen,
                 terms={"loss": loss},
-                names=[batch["name"]],
+                names=names,
                 gradient_norms={},
                 images=batch["original"].cpu().numpy(),
                 labels=batch["label"].cpu().numpy(),
             )
-            kept = f" The image is kept in {folder}."
+            kept = f" What was seen is kept in {folder}."
         raise SegmillError(
-            f"The loss of image {batch['name']} (number {len(self.record.names) + 1} of its task) "
+            f"The loss of image {', '.join(names)} (number {seen + 1} of its task) "
             f"is {loss}.{kept} Usual causes: optimizer.learning_rate is too high for this model, "
             "or the guide's weights are not what model.generative says."
         )
@@ -238,5 +230,5 @@ class _Updater:
         return self._module.optimizers()
 
 
-def _ignore(index: int, batch: dict[str, Any], pred: Tensor) -> None:
+def _ignore(first: int, batch: dict[str, Any], pred: Tensor) -> None:
     """Keep no picture."""

@@ -1,7 +1,6 @@
 """What a comparison of adaptation methods leaves: counts per task and per image, and their scores.
 
-Per image only three areas of every class are kept (hits, label, prediction): enough for every IoU
-of any selection of images, at 3 K numbers instead of K x K.
+What is counted is a matter of the kind of task (counts.py); all else is the same for every kind.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Int64
 
 from segmill.files import write_whole
-from segmill.metrics import SCALARS, scores
+from segmill.tta.counts import Counts, counts_from
 
 SOURCE = "source"  # the method that all others are compared with: the model as it was trained
 FOLDER = "tasks"
@@ -36,28 +34,23 @@ class TaskResult:
     corruption: str
     severity: int
     names: tuple[str, ...]
-    areas: Int64[np.ndarray, "N 3 K"]
-    confusion: Int64[np.ndarray, "K J"]
+    counts: Counts
     seconds: float
     peak_memory: int
     loss: float
 
     def __post_init__(self) -> None:
-        assert len(self.names) == len(self.areas), f"{self.task}: one name and three areas an image"
-        assert (self.areas.sum(axis=0) == areas_of(self.confusion)).all(), (
-            f"{self.task}: the areas of the images do not add up to the confusion matrix"
-        )
+        assert len(self.names) == len(self.counts), f"{self.task}: a name and counts of each image"
 
     @property
     def scores(self) -> dict[str, float]:
-        """The scalars of metrics.py, as fractions; NaN where nothing is labelled."""
-        found = scores(self.confusion)
-        return {name: float(found[name]) for name in SCALARS}
+        """All scalars of its kind of task, as fractions; NaN where nothing is labelled."""
+        return self.counts.scores()
 
     @property
-    def mIoU(self) -> float:  # noqa: N802
-        """Of the confusion matrix of all images."""
-        return self.scores["mIoU"]
+    def score(self) -> float:
+        """The headline: mIoU, or top1."""
+        return self.scores[self.counts.headline]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +65,17 @@ class MethodResult:
     def scores(self) -> dict[str, float]:
         """Each scalar's mean over the tasks, all counting alike."""
         each = [task.scores for task in self.tasks]
-        return {name: float(np.mean([one[name] for one in each])) for name in SCALARS}
+        return {name: float(np.mean([one[name] for one in each])) for name in each[0]}
+
+    @property
+    def counts(self) -> Counts:
+        """Of the first task: its names of scores are those of all."""
+        return self.tasks[0].counts
+
+    @property
+    def score(self) -> float:
+        """The headline's mean over the tasks."""
+        return self.scores[self.counts.headline]
 
     @property
     def mIoU(self) -> float:  # noqa: N802
@@ -96,13 +99,6 @@ class MethodResult:
         return max((task.peak_memory for task in self.tasks), default=0)
 
 
-def areas_of(confusion: Int[np.ndarray, "K J"]) -> Int64[np.ndarray, "3 K"]:
-    """Pixels that were hit, of the label, and of the prediction, for every class."""
-    classes = len(confusion)
-    hits, pred = np.diagonal(confusion), confusion[:, :classes].sum(axis=0)
-    return np.stack([hits, confusion.sum(axis=1), pred]).astype(np.int64)
-
-
 def save_task(folder: Path, result: TaskResult) -> None:
     """Write FOLDER/tasks/TASK.npz, whole or not at all."""
     buffer = io.BytesIO()
@@ -112,8 +108,7 @@ def save_task(folder: Path, result: TaskResult) -> None:
         corruption=np.array(result.corruption),
         severity=np.array(result.severity),
         names=np.array(result.names, dtype=np.str_),
-        areas=result.areas,
-        confusion=result.confusion,
+        **result.counts.arrays(),
         seconds=np.array(result.seconds),
         peak_memory=np.array(result.peak_memory, dtype=np.int64),
         loss=np.array(result.loss),
@@ -132,8 +127,7 @@ def load_task(folder: Path, task: str) -> TaskResult | None:
             corruption=str(arrays["corruption"]),
             severity=int(arrays["severity"]),
             names=tuple(arrays["names"].tolist()),
-            areas=arrays["areas"],
-            confusion=arrays["confusion"],
+            counts=counts_from(arrays),
             seconds=float(arrays["seconds"]),
             peak_memory=int(arrays["peak_memory"]),
             loss=float(arrays["loss"]),
@@ -164,7 +158,7 @@ def _facts_of_method(result: MethodResult) -> dict[str, Any]:
 
 
 def _facts_of_task(task: TaskResult) -> dict[str, Any]:
-    by_class = np.asarray(scores(task.confusion)["IoU"]).tolist()
+    by_class = task.counts.by_class()
     return {
         "task": task.task,
         "corruption": task.corruption,
@@ -173,7 +167,10 @@ def _facts_of_task(task: TaskResult) -> dict[str, Any]:
         "seconds_per_image": task.seconds,
         "peak_memory_bytes": task.peak_memory or None,
         **_defined({"loss": task.loss, **task.scores}),
-        "IoU": [None if math.isnan(iou) else iou for iou in by_class],
+        **{
+            name: [None if math.isnan(value) else value for value in values]
+            for name, values in by_class.items()
+        },
     }
 
 
