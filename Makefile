@@ -61,8 +61,10 @@ $(JITTOR_STAMP):
 	@rm -f $(JITTOR)/venv/.ready-*
 	@touch $@
 
-test-jittor: $(JITTOR_STAMP)
+# First in Jittor's own environment, then from torch's, which starts the other one.
+test-jittor: $(JITTOR_STAMP) $(STAMP)
 	$(JITTOR)/venv/bin/python -m pytest -m "jittor and not slow" tests/jittor_runtime
+	$(BIN)/python -m pytest -m jittor tests/test_runtimes.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -65,7 +65,8 @@ def _of_runtime(config: DictConfig) -> DictConfig:
     """What will be built: on Jittor, the twins of what the files name."""
     if config.get("runtime") != "jittor":
         return config
-    if config.get("run") is not None:  # which brings its own model; the default's is not built
+    # An earlier run brings its own model; the default's is not built.
+    if config.get("run") is not None or config.get("resume") is not None:
         config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "model"])
     require_twins(config)
     return with_twins(config)
@@ -268,7 +269,7 @@ def _foreign(command: str, choices: Mapping[Any, Any]) -> list[str]:
         if option is None or fits(command, group, option):
             continue
         kind, taken = target_of(group, option), fitting(command, group)
-        others = [each.replace("_", " ") for each in BUILDS if BUILDS[each].get(group) == kind]
+        others = [each.replace("_", " ") for each in BUILDS if kind in BUILDS[each].get(group, ())]
         if others:
             *first, last = others
             listed = f"{', '.join(first)} and {last}" if first else last

@@ -6,6 +6,7 @@ import csv
 import io
 import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,25 @@ from segmill.files import write_whole
 log = logging.getLogger(__name__)
 
 
+def checked_logging(settings: LoggingSettings) -> LoggingSettings:
+    """The same, or an error for what this runtime does not have."""
+    if settings.tensorboard:
+        raise SegmillError(
+            "logging.tensorboard=true: its writer is a part of torch, which runtime=jittor does "
+            "without. Use logging.wandb.enabled=true, or metrics.csv, which is always written."
+        )
+    if settings.wandb.enabled and find_spec("wandb") is None:
+        raise SegmillError(
+            "logging.wandb.enabled=true, but wandb is not installed in this environment: "
+            "pip install wandb."
+        )
+    return settings
+
+
 class RunLog:
     """Rows of metrics.csv; every row has a step, and columns may come later."""
 
     def __init__(self, settings: LoggingSettings, folder: Path) -> None:
-        if settings.tensorboard:
-            raise SegmillError(
-                "logging.tensorboard=true: its writer is a part of torch, which runtime=jittor "
-                "does without. Use logging.wandb.enabled=true, or metrics.csv, which is always "
-                "written."
-            )
         keep_older_metrics(folder)
         self._path = folder / "metrics.csv"
         self._rows: list[dict[str, float]] = []
@@ -52,13 +62,8 @@ class RunLog:
 
 
 def _wandb_run(settings: WandbSettings, folder: Path) -> Any:
-    try:
-        import wandb
-    except ModuleNotFoundError:
-        raise SegmillError(
-            "logging.wandb.enabled=true, but wandb is not installed in this environment: "
-            "pip install wandb."
-        ) from None
+    import wandb  # an option of this environment
+
     online = settings.mode == "online" or (settings.mode == "auto" and has_wandb_key())
     return wandb.init(
         project=settings.project,

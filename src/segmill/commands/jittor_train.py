@@ -20,7 +20,7 @@ from segmill.checkpoint.training_state import (
 )
 from segmill.checkpoint.write_jittor import write_jittor
 from segmill.commands.jittor_evaluate import score
-from segmill.commands.jittor_log import RunLog
+from segmill.commands.jittor_log import RunLog, checked_logging
 from segmill.commands.jittor_parts import (
     build_model,
     built,
@@ -32,7 +32,7 @@ from segmill.commands.jittor_parts import (
 from segmill.commands.reporting import report
 from segmill.commands.run_config import resume_point, resumed_config, run_name
 from segmill.commands.run_folder import new_run_folder, write_provenance
-from segmill.commands.trainer_settings import LoggingSettings, TrainerSettings
+from segmill.commands.trainer_settings import TrainerSettings
 from segmill.configuration import Invocation, build, plain
 from segmill.errors import SegmillError
 from segmill.evidence import write_evidence
@@ -77,7 +77,7 @@ def run(config: DictConfig, context: Invocation) -> None:
     if parts.settings.fast_dev_run:
         _fast_dev_run(parts)
         return
-    logging_settings: LoggingSettings = build(config.logging)
+    logging_settings = checked_logging(build(config.logging))
     # Only now: a run that cannot be built leaves no folder behind.
     folder = resume.parent if resume else new_run_folder(config.output_dir, run_name(config))
     if resume is None:
@@ -180,13 +180,13 @@ class _Fit:
         waiting = 0.0
         try:
             while training.step < settings.max_steps:
-                asked, rate = time.perf_counter(), training.rate
+                asked = time.perf_counter()
                 batch = next(batches)
                 waiting = time.perf_counter() - asked
                 terms = training.take_step(batch)
                 _require_finite(terms, batch, training.step, self._folder / "evidence")
                 pace = (time.perf_counter() - started) / (training.step - first)
-                self._after_step(terms, rate=rate, waiting=waiting, pace=pace)
+                self._after_step(terms, waiting=waiting, pace=pace)
         except KeyboardInterrupt:
             self._save()
             log.warning(
@@ -197,16 +197,15 @@ class _Fit:
             )
             raise
 
-    def _after_step(
-        self, terms: Mapping[str, float], *, rate: float, waiting: float, pace: float
-    ) -> None:
+    def _after_step(self, terms: Mapping[str, float], *, waiting: float, pace: float) -> None:
+        """Rows carry Lightning's number of the step, from 0, and the rate of the next one."""
         training, settings = self._parts.training, self._parts.settings
         step, last = training.step, settings.max_steps
-        loss = sum(terms.values())
+        loss, rate = sum(terms.values()), training.rate if step < last else 0.0
         if step % settings.log_every == 0 or step == last:
             values = {f"train/{name}": value for name, value in terms.items()}
             more = {"train/loss": loss, "train/lr": rate, "train/data_time": waiting}
-            self._log.write(step, values | more)
+            self._log.write(step - 1, values | more)
         if settings.progress and step % max(last // 40, 1) == 0:
             log.info(
                 "step %d/%d  loss %.4g  lr %.4g  data_time %.4g  %.0f s left",
@@ -221,7 +220,7 @@ class _Fit:
     def _validate(self) -> None:
         step = self._parts.training.step
         values = _validate(self._parts, limit=None)
-        self._log.write(step, values)
+        self._log.write(step - 1, values)
         score = values["val/mIoU"]
         log.info("step %d  val/mIoU %.4f", step, score)
         if np.isnan(self._best) or score > self._best:

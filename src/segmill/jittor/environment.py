@@ -13,10 +13,12 @@ import logging
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 log = logging.getLogger("segmill.jittor")
 
@@ -49,6 +51,8 @@ def prepare() -> ModuleType:
     with _user_home(home):  # Jittor writes its home into ~/.cache/jittor/config.json
         utilities = importlib.import_module("jittor_utils")
         utilities.home()
+    # Jittor's -Ofast makes the processor flush subnormal numbers, which numpy notices.
+    warnings.filterwarnings("ignore", message="The value of the smallest subnormal")
     # At most one compiler a core, whatever the memory.
     utilities.Pool = functools.partial(_small_pool, multiprocessing.Pool)
     return importlib.import_module("jittor")
@@ -96,7 +100,7 @@ def _user_home(folder: Path) -> Iterator[None]:
             os.environ["HOME"] = before
 
 
-def _small_pool(pool: functools.partial, processes: int, **keywords: object) -> object:
+def _small_pool(pool: Callable[..., Any], processes: int, **keywords: Any) -> Any:
     return pool(min(processes, os.cpu_count() or 1), **keywords)
 
 

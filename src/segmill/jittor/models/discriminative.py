@@ -44,6 +44,22 @@ class Discriminative(jt.Module):
         self.mean = 255 * np.asarray(mean, np.float32).reshape(-1, 1, 1)
         self.std = 255 * np.asarray(std, np.float32).reshape(-1, 1, 1)
 
+    def train(self) -> "Discriminative":
+        """Training mode. Jittor's own also starts gradients, and those are wrong after `eval`."""
+        return self._mode(training=True)
+
+    def eval(self) -> "Discriminative":
+        """Evaluation mode; predictions are made without gradients anyway (`inference`).
+
+        Jittor's own stops the parameters' gradients, which a later `train` does not wholly undo.
+        """
+        return self._mode(training=False)
+
+    def _mode(self, *, training: bool) -> "Discriminative":
+        for _, module in self.named_modules():
+            module.is_train = training
+        return self
+
     def normalise(
         self, image: Pixels, valid: Int[np.ndarray, "B 4"] | None = None
     ) -> Float[jt.Var, "B C H W"]:

@@ -119,7 +119,9 @@ class BatchNorm2d(jt.Module):
             (self.running_mean, mean),
             (self.running_var, variance * unbiased),
         ):
-            running.update(running * (1 - self.momentum) + new * self.momentum)
+            # In float64: how Jittor fuses this with its neighbours must not decide the last bit.
+            kept = running.float64() * (1 - self.momentum) + new.float64() * self.momentum
+            running.update(kept.float32())
         self.num_batches_tracked += 1
 
 
