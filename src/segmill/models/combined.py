@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
+from segmill.draws import Generators, drawn
 from segmill.errors import SegmillError
 from segmill.models.class_split import ClassSplit
 from segmill.models.discriminative import Discriminative
@@ -80,7 +81,8 @@ class CombinedModel(nn.Module):
     """A model to adapt and, unless `generative` is null, the guide that helps.
 
     `update` and `loss` may be exchanged between two runs. What `update` chooses from are the
-    weights that are trainable when this is built.
+    weights that are trainable when this is built. Several processes split the classes of an image
+    (`ClassSplit`) while `shares_classes`; otherwise each has images of its own.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class CombinedModel(nn.Module):
         super().__init__()
         self.discriminative, self.generative = discriminative, generative
         self.update, self.loss = update, loss
+        self.shares_classes = True
         trainable = [name for name, each in self.named_parameters() if each.requires_grad]
         norms = norm_parameters(self)
         self._trainable = {
@@ -113,6 +116,11 @@ class CombinedModel(nn.Module):
                 "with model/generative=NAME."
             )
         return self.generative
+
+    @property
+    def split(self) -> ClassSplit:
+        """This process's part of a window's classes."""
+        return ClassSplit.of_processes() if self.shares_classes else ClassSplit(0, 1)
 
     def forward(
         self, image: UInt8[Tensor, "B C H W"] | Float[Tensor, "B C H W"]
@@ -158,23 +166,33 @@ class CombinedModel(nn.Module):
 
     def noisy_windows(
         self,
-        image: UInt8[Tensor, "1 3 H W"] | Float[Tensor, "1 3 H W"],
-        generator: torch.Generator,
+        image: UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"],
+        generator: Generators,
     ) -> NoisyWindows:
-        """Windows of an RGB image as noisy latents; times are drawn first, then the noise."""
+        """Windows of RGB images as noisy latents; times are drawn first, then the noise.
+
+        An image's windows lie side by side. With a generator for each image its draws do not
+        depend on the others.
+        """
         guide = self.guide
         latent = guide.encode(guide.view.windows(image))
         t = self.loss.draw_t(len(latent), generator).to(latent.device)
-        noise = torch.randn(latent.shape, generator=generator, device=generator.device)
+        noise = drawn(
+            lambda rows, own: torch.randn(
+                rows, *latent.shape[1:], generator=own, device=own.device
+            ),
+            len(latent),
+            generator,
+        )
         noisy_latent, target = guide.noisy(latent, noise.to(latent.device), t)
         size = guide.view.size(image.shape[2], image.shape[3])
         return NoisyWindows(noisy_latent, target, t, size)
 
     def weighted_windows(
         self,
-        logits: Float[Tensor, "1 K a b"],
+        logits: Float[Tensor, "B K a b"],
         noisy: NoisyWindows,
-        generator: torch.Generator,
+        generator: Generators,
     ) -> Windows:
         """Classes and weights of every window; the gradient goes through the weights."""
         guide = self.guide
@@ -183,23 +201,28 @@ class CombinedModel(nn.Module):
                 f"model.discriminative has {logits.shape[1]} classes and model.generative "
                 f"{guide.num_classes}. Both are for the classes of one data set."
             )
-        window_logits = guide.view.sample(
-            self.loss.scaled(logits), size=noisy.size, cell=guide.cell
-        )
-        sets = self.loss.class_sets(window_logits, generator, ClassSplit.of_processes())
+        scaled = self.loss.scaled(logits)
+        window_logits = guide.view.sample(scaled, size=noisy.size, cell=guide.cell)
+        raw = None
+        if self.loss.fill == "softmax":
+            raw = guide.view.sample(logits.detach(), size=noisy.size, cell=guide.cell)
+        sets = self.loss.class_sets(window_logits, generator, self.split, raw)
+        # One pixel of a classifier holds for all cells.
+        cells = noisy.noisy_latent.shape[2:]
+        weights = self.loss.weights(window_logits, sets).expand(-1, -1, *cells)
         return Windows(
             noisy_latent=noisy.noisy_latent,
             target=noisy.target,
             t=noisy.t,
             classes=sets.classes,
-            weights=self.loss.weights(window_logits, sets),
-            mask=sets.mask,
+            weights=weights,
+            mask=sets.mask.expand(-1, *cells),
             widths=sets.widths,
         )
 
     def class_chunks(self, windows: Windows) -> Sequence[Int64[Tensor, "N m"]]:
         """This process's classes of each window, as many at a time as `class_chunk` says."""
-        own = ClassSplit.of_processes().share(windows.classes)
+        own = self.split.share(windows.classes)
         return own.split(self.loss.class_chunk or own.shape[1], dim=1)
 
     def predictions(
@@ -215,7 +238,7 @@ class CombinedModel(nn.Module):
 
         Its gradients are those of this process's classes; see `ClassSplit`.
         """
-        split = ClassSplit.of_processes()
+        split = self.split
         own = mean_prediction(split.share(windows.weights), predictions)
         return self.loss.losses(split.total(own), windows.target, windows.mask)
 

@@ -58,9 +58,9 @@ class GuideView:
         return rounded[0], rounded[1]
 
     def windows(
-        self, image: UInt8[Tensor, "1 3 H W"] | Float[Tensor, "1 3 H W"]
+        self, image: UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]
     ) -> Float[Tensor, "N 3 h w"]:
-        """All windows of the resized image, pixels in 0..255."""
+        """All windows of the resized images, pixels in 0..255; an image's lie side by side."""
         size = self.size(image.shape[2], image.shape[3])
         resized = F.interpolate(
             image.float(), size, mode="bilinear", align_corners=False, antialias=True
@@ -68,13 +68,15 @@ class GuideView:
         starts, (height, width) = self._layout(size, image.device)
         rows = starts[:, :1] + torch.arange(height, device=image.device)
         columns = starts[:, 1:] + torch.arange(width, device=image.device)
-        return resized[0][:, rows[:, :, None], columns[:, None, :]].movedim(1, 0)
+        cut = resized[:, :, rows[:, :, None], columns[:, None, :]]  # (B, 3, windows, h, w)
+        return cut.movedim(2, 1).flatten(0, 1)
 
     def sample(
-        self, logits: Float[Tensor, "1 K a b"], *, size: tuple[int, int], cell: int
+        self, logits: Float[Tensor, "B K a b"], *, size: tuple[int, int], cell: int
     ) -> Float[Tensor, "N K h w"]:
         """Logits at the latent-cell centres of every window, whatever the logits' own stride.
 
+        Those of a classifier, one pixel an image, are the same at every cell and stay one pixel.
         `size` is the resized image's (`size()`), `cell` the width of a latent cell in its pixels.
         """
         starts, (height, width) = self._layout(size, logits.device)
@@ -83,6 +85,8 @@ class GuideView:
                 f"A window of {height} x {width} pixels has no whole number of latent cells of "
                 f"{cell}. Set view.short and view.multiple to multiples of {cell}."
             )
+        if logits.shape[2:] == (1, 1):
+            return logits.float().repeat_interleave(len(starts), dim=0)
         down = torch.arange(height // cell, device=logits.device) * cell + cell / 2
         right = torch.arange(width // cell, device=logits.device) * cell + cell / 2
         # grid_sample counts from -1 at the image's first edge to 1 at its last.
@@ -98,12 +102,12 @@ class GuideView:
         )
         sampled = F.grid_sample(
             logits.float(),
-            grid.reshape(1, count * rows, columns, 2),
+            grid.reshape(1, count * rows, columns, 2).expand(len(logits), -1, -1, -1),
             mode="bilinear",
             padding_mode="border",
             align_corners=False,
         )
-        return sampled[0].unflatten(1, (count, rows)).movedim(1, 0)
+        return sampled.unflatten(2, (count, rows)).movedim(2, 1).flatten(0, 1)
 
     def _layout(
         self, size: tuple[int, int], device: torch.device

@@ -5,6 +5,10 @@ the predictions of a guide, which are affine in the score. With the discriminati
 probabilities in the place of p this is a loss for both models (DUSA, NeurIPS 2024):
 
     mean over latent pixels of || target - sum_k p_k(image) * prediction(noisy latent, t, k) ||^2
+
+Beside this `mse` there are two terms of the same difference, for flows: `norm_l2`, each window's
+error over its own root, held constant, so that no window outweighs the others, and `cosine`, one
+minus the cosine between prediction and target. The loss is their weighted sum.
 """
 
 from dataclasses import dataclass
@@ -15,9 +19,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from segmill.draws import Generators, drawn
 from segmill.errors import SegmillError
 from segmill.models.class_sets import ClassSets, class_sets
 from segmill.models.class_split import ClassSplit
+
+ROOM = 1e-3  # added to an error under the root of norm_l2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +41,10 @@ class JointLoss:
     class_chunk: int | None  # classes a forward pass; null: all
     windows_at_once: int | Literal["processes"] | None  # windows a pass; null: all
     buckets: tuple[int, ...]  # class counts are rounded up to one of these
+    fill: Literal["uniform", "softmax"] = "uniform"  # which classes fill a small set up
+    mse: float = 1.0
+    norm_l2: float = 0.0
+    cosine: float = 0.0
 
     def __post_init__(self) -> None:
         positive = [self.topk, self.classes_threshold, *self.buckets]
@@ -49,6 +60,12 @@ class JointLoss:
             raise SegmillError(
                 f"model.loss.min_classes={self.min_classes} is not between 0 and "
                 f"model.loss.classes_threshold={self.classes_threshold}."
+            )
+        terms = (self.mse, self.norm_l2, self.cosine)
+        if min(terms) < 0 or max(terms) == 0:
+            raise SegmillError(
+                f"model.loss.mse={self.mse}, norm_l2={self.norm_l2} and cosine={self.cosine} are "
+                "weights of a sum: 0 or more each, and one of them above 0."
             )
         if len(self.timestep_range) != 2 or not (
             0 <= self.timestep_range[0] <= self.timestep_range[1] <= 1
@@ -67,10 +84,19 @@ class JointLoss:
     def class_sets(
         self,
         window_logits: Float[Tensor, "N K h w"],
-        generator: torch.Generator,
+        generator: Generators,
         split: ClassSplit,
+        raw: Float[Tensor, "N K h w"] | None = None,
     ) -> ClassSets:
-        """Classes of each window under these settings."""
+        """Classes of each window under these settings.
+
+        `raw` are the logits of `window_logits` before `scaled`, and are needed by `fill: softmax`:
+        a class is drawn by its mean probability over the window's pixels.
+        """
+        log_prob = None
+        if self.fill == "softmax":
+            assert raw is not None, "fill: softmax draws by the raw logits"
+            log_prob = raw.detach().float().log_softmax(dim=1).flatten(2).logsumexp(dim=2)
         return class_sets(
             window_logits,
             topk=self.topk,
@@ -79,6 +105,7 @@ class JointLoss:
             buckets=self.buckets,
             generator=generator,
             split=split,
+            log_prob=log_prob,
         )
 
     def weights(
@@ -91,12 +118,32 @@ class JointLoss:
         padding = ~sets.valid[:, :, None, None]
         return chosen.masked_fill(padding, -torch.inf).softmax(dim=1)
 
-    def draw_t(self, count: int, generator: torch.Generator) -> Float[Tensor, " N"]:
+    def draw_t(self, count: int, generator: Generators) -> Float[Tensor, " N"]:
         """Times, one for each window."""
         low, high = self.timestep_range
-        return low + (high - low) * torch.rand(count, generator=generator, device=generator.device)
+        share = drawn(
+            lambda rows, own: torch.rand(rows, generator=own, device=own.device), count, generator
+        )
+        return low + (high - low) * share
 
     def losses(
+        self,
+        predicted: Float[Tensor, "N C h w"],
+        target: Float[Tensor, "N C h w"],
+        mask: Bool[Tensor, "N h w"],
+    ) -> Float[Tensor, " N"]:
+        """The weighted sum of each window."""
+        error = self._errors(predicted, target, mask)
+        loss = self.mse * error
+        if self.norm_l2:
+            loss = loss + self.norm_l2 * error / (error.detach() + ROOM).sqrt()
+        if self.cosine:
+            inside = mask[:, None]
+            ours, theirs = (predicted * inside).flatten(1), (target * inside).flatten(1)
+            loss = loss + self.cosine * (1 - F.cosine_similarity(ours, theirs, dim=1))
+        return loss
+
+    def _errors(
         self,
         predicted: Float[Tensor, "N C h w"],
         target: Float[Tensor, "N C h w"],

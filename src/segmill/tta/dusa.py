@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segmill.models.class_split import ClassSplit
 from segmill.models.combined import CombinedModel, Windows
 from segmill.tta.method import Updater, Views
 from segmill.tta.window_steps import adapt_by_windows
@@ -21,13 +20,14 @@ from segmill.tta.window_steps import adapt_by_windows
 class Dusa:
     """The joint loss of both models; its settings are `model.loss`, what it changes `model.update`.
 
-    `step` is how often the optimizer steps: once an image, or once a window.
+    `step` is how often the optimizer steps: once a batch of images, or once a window.
     """
 
     def __init__(self, *, model: CombinedModel, step: Literal["image", "window"]) -> None:
         model.check_guided()
         self.model = model
         self.step: Literal["image", "window"] = step
+        self.accumulates = step == "image"
 
     def parameters_to_update(self) -> dict[str, nn.Parameter]:
         """As `model.update` says."""
@@ -36,7 +36,7 @@ class Dusa:
     def adapt(
         self, views: Views, updater: Updater, generator: torch.Generator
     ) -> tuple[Float[Tensor, "B K h w"], Float[Tensor, ""]]:
-        """Learn from one image."""
+        """Learn from one batch of images, in one step of their mean loss."""
         return adapt_by_windows(
             self.model, views, updater, generator, step=self.step, backward=self._backward
         )
@@ -61,7 +61,7 @@ class Dusa:
         losses = model.losses(windows, predictions)
         if losses.requires_grad:
             # Averaged over the processes, each of which has the gradients of its own classes.
-            updater.backward(losses.sum() * (factor * ClassSplit.of_processes().size))
+            updater.backward(losses.sum() * (factor * model.split.size))
         if model.updates_generative and not one_pass:
             assert predictions.grad is not None
             gradients = predictions.grad.split([each.shape[1] for each in chunks], dim=1)

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segmill.models.class_split import ClassSplit
 from segmill.models.combined import CombinedModel, Windows
 from segmill.tta.method import Updater, Views
 from segmill.tta.window_steps import adapt_by_windows
@@ -21,13 +20,14 @@ from segmill.tta.window_steps import adapt_by_windows
 class DusaU:
     """DUSA with one backward pass of the guide a window, however many classes it has.
 
-    `step` is how often the optimizer steps: once an image, or once a window.
+    `step` is how often the optimizer steps: once a batch of images, or once a window.
     """
 
     def __init__(self, *, model: CombinedModel, step: Literal["image", "window"]) -> None:
         model.check_guided()
         self.model = model
         self.step: Literal["image", "window"] = step
+        self.accumulates = step == "image"
 
     def parameters_to_update(self) -> dict[str, nn.Parameter]:
         """As `model.update` says."""
@@ -36,7 +36,7 @@ class DusaU:
     def adapt(
         self, views: Views, updater: Updater, generator: torch.Generator
     ) -> tuple[Float[Tensor, "B K h w"], Float[Tensor, ""]]:
-        """Learn from one image."""
+        """Learn from one batch of images, in one step of their mean loss."""
         return adapt_by_windows(
             self.model, views, updater, generator, step=self.step, backward=self._backward
         )
@@ -57,7 +57,7 @@ class DusaU:
             predictions = torch.cat([model.predictions(windows, each) for each in chunks], dim=1)
         losses = model.losses(windows, predictions)
         if losses.requires_grad:
-            updater.backward(losses.sum() * (factor * ClassSplit.of_processes().size))
+            updater.backward(losses.sum() * (factor * model.split.size))
         unconditional = self._unconditional_losses(windows)
         if unconditional.requires_grad:
             # Every process has all of it, so the average over the processes is right as it is.

@@ -7,17 +7,27 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from segmill.draws import Generators
+
 
 @dataclass(frozen=True)
 class Views:
-    """One image as both models take it, pixels in 0..255.
+    """Images as both models take them, pixels in 0..255.
 
     `image` is resized by the evaluation protocol, for the discriminative model; `original` has the
-    file's size, and the guide resizes it for itself.
+    file's size, and the guide resizes it for itself. `seeds`, one for each image, are for what is
+    drawn for it alone; without them it is drawn as the step's own draws are.
     """
 
     image: UInt8[Tensor, "B C H W"]
     original: UInt8[Tensor, "B C _H _W"]
+    seeds: tuple[int, ...] = ()
+
+    def generators(self, of_step: torch.Generator) -> Generators:
+        """Of the images' own draws, so that these do not depend on the others in the batch."""
+        if not self.seeds:
+            return of_step
+        return [torch.Generator(of_step.device).manual_seed(seed) for seed in self.seeds]
 
 
 @runtime_checkable
@@ -62,3 +72,15 @@ class Method(Protocol):
     def reset(self) -> None:
         """Forget what the method itself keeps; weights are put back by the harness."""
         ...
+
+
+@runtime_checkable
+class Accumulates(Protocol):
+    """A method whose step may wait for further batches, and for other processes' images.
+
+    Its loss is a mean over the images. `adapt` asks for one step at most, after its last
+    `backward`, never for `zero_grad` or `forget`, and does the same whether or not the weights have
+    changed when `step` returns.
+    """
+
+    accumulates: bool

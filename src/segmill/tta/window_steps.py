@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from segmill.models.class_split import ClassSplit
+from segmill.draws import Generators
 from segmill.models.combined import CombinedModel, NoisyWindows, Windows
 from segmill.tta.method import Updater, Views
 
@@ -29,11 +29,12 @@ def adapt_by_windows(
     step: Literal["image", "window"],
     backward: Backward,
 ) -> tuple[Float[Tensor, "B K h w"], Float[Tensor, ""]]:
-    """One optimizer step an image, or one a window; the logits are those before the first.
+    """One optimizer step a batch, or one a window; the logits are those before the first.
 
     A step for every window runs the discriminative model anew for each.
     """
-    noisy = model.noisy_windows(views.original[:, :3], generator)
+    draws = views.generators(generator)
+    noisy = model.noisy_windows(views.original[:, :3], draws)
     count = len(noisy.t)
     groups = [slice(0, count)]
     if step == "window":
@@ -41,7 +42,7 @@ def adapt_by_windows(
     first: Tensor | None = None
     losses: list[Tensor] = []
     for group in groups:
-        logits, windows = _windows(model, views, noisy, generator)
+        logits, windows = _windows(model, views, noisy, draws)
         first = logits.detach() if first is None else first
         losses += _accumulate(model, windows.part(group), updater, backward)
         if model.updates_discriminative or model.updates_generative:
@@ -53,12 +54,12 @@ def adapt_by_windows(
 
 
 def _windows(
-    model: CombinedModel, views: Views, noisy: NoisyWindows, generator: torch.Generator
+    model: CombinedModel, views: Views, noisy: NoisyWindows, draws: Generators
 ) -> tuple[Float[Tensor, "B K h w"], Windows]:
     """Logits of the model as it is now, and the windows they weight."""
     with torch.set_grad_enabled(model.updates_discriminative):
         logits = model.discriminative(views.image)
-        return logits, model.weighted_windows(logits, noisy, generator)
+        return logits, model.weighted_windows(logits, noisy, draws)
 
 
 def _accumulate(
@@ -68,7 +69,7 @@ def _accumulate(
     leaf = windows.weights.detach().requires_grad_(model.updates_discriminative)
     at_once = model.loss.windows_at_once
     if at_once == "processes":
-        at_once = ClassSplit.of_processes().size
+        at_once = model.split.size
     parts = replace(windows, weights=leaf).parts(at_once)
     losses = [backward(part, updater, 1 / len(windows.widths)) for part in parts]
     if leaf.grad is not None:
