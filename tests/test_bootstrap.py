@@ -112,6 +112,29 @@ def test_matrix_products_equal_a_loop_over_resamples():
         assert fast[resample, task] == slow[0]
 
 
+def of_images(name, right):
+    """One task of classification; `right` says of every image whether it was recognised."""
+    counts = ImageCounts(rank=np.where(right, 0, 3), confidence=np.full(len(right), 0.5))
+    task = TaskResult(
+        task="01_fog_5", corruption="fog", severity=5, counts=counts, seconds=0.1, peak_memory=0,
+        loss=0.0, names=tuple(f"image{number}" for number in range(len(right))),
+    )  # fmt: skip
+    return MethodResult(name=name, order="abc", tasks=(task,))
+
+
+def test_accuracy_is_compared_image_by_image():
+    rng = np.random.default_rng(5)
+    before = rng.random(200) < 0.5
+    after = before | (rng.random(200) < 0.1)
+    (found,) = compare([of_images("tent", after)], of_images("source", before), seed=0)
+    gain = after.astype(float) - before
+    drawn = rng.choice(gain, (2000, 200)).mean(axis=1)
+    assert found.mean.difference == pytest.approx(gain.mean())
+    # The same percentiles from other draws of 2000; their own spread is 0.001.
+    np.testing.assert_allclose(found.mean[1:], np.quantile(drawn, [0.025, 0.975]), atol=0.005)
+    assert found.mean.excludes_zero
+
+
 def test_miou_of_areas_is_that_of_the_confusion_matrix():
     for seed in range(20):
         confusion = sum(random_confusions(np.random.default_rng(seed), 2))

@@ -198,6 +198,50 @@ def test_pictures_show_the_corrupted_image_and_every_prediction(tmp_path):
     assert "motion blur, severity 5" in page
 
 
+def classified(name, right):
+    counts = ImageCounts(rank=np.where(right, 0, 9), confidence=np.full(4, 0.7))
+    return MethodResult(name=name, tasks=(task_result(SAME, counts=counts),), order="abc123")
+
+
+def test_classification_has_top1_in_the_same_table_with_top5_and_calibration(tmp_path):
+    results = [classified("source", [1, 0, 0, 0]), classified("tent", [1, 1, 1, 0])]
+    lines = printed(results, 120)
+    assert lines[0].split() == [
+        "method",
+        "fog",
+        "mean",
+        "diff.",
+        "low",
+        "high",
+        "top5",
+        "ece",
+        "s/image",
+    ]
+    assert "+50.00" in lines[2]
+    assert "top1 in percent" in " ".join(lines)
+    rows = read_csv(tmp_path, results)
+    assert list(rows[0])[5:8] == ["top1", "top5", "ece"]
+    assert float(rows[2]["ece"]) == pytest.approx(0.05)
+    page = report(tmp_path, results)
+    assert "top1 by corruption" in page
+    assert "mIoU" not in page
+
+
+def test_pictures_of_classification_are_a_strip_with_what_each_method_says(tmp_path):
+    examples = [
+        BeforeAfter(
+            np.full((20, 20, 3), 90, np.uint8), np.array([[label]]), f"image {label}", "fog", 5,
+            {"source": np.array([[0]]), "tent": np.array([[1]], np.uint16)},
+        )
+        for label in (0, 1)
+    ]  # fmt: skip
+    page = report(tmp_path, [classified("source", [1, 0, 0, 0])], examples)
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", page) == [
+        "truth: road · before: source ✓ road · after: tent ✗ 天空",
+        "truth: 天空 · before: source ✗ road · after: tent ✓ 天空",
+    ]
+
+
 def test_names_cannot_break_the_page(tmp_path):
     evil = '<b title="'
     results = [method("source", SAME), method(evil, BETTER)]

@@ -21,13 +21,13 @@ def pixels(confusions, **changes):
 
 
 def task_result(confusions, **changes):
-    """One image a confusion matrix."""
+    """One image a confusion matrix, unless `changes` bring other counts."""
     parts = {
         "task": "06_motion_blur_5",
         "corruption": "motion_blur",
         "severity": 5,
         "names": tuple(f"street/{index}" for index in range(len(confusions))),
-        "counts": pixels(confusions),
+        **({} if "counts" in changes else {"counts": pixels(confusions)}),
         "seconds": 0.5,
         "peak_memory": 0,
         "loss": 1.5,
@@ -85,6 +85,45 @@ def test_a_saved_task_is_read_as_it_was(tmp_path):
     assert math.isnan(read.loss)
     assert (read.counts.areas == saved.counts.areas).all()
     assert (read.counts.confusion == saved.counts.confusion).all()
+
+
+def image_counts():
+    return ImageCounts(
+        rank=np.array([0, 4, 7, -1, 0]), confidence=np.array([1, 0.5, 0.3, 0.9, 0.6])
+    )
+
+
+def test_classification_is_saved_and_read_alike(tmp_path):
+    saved = task_result([], counts=image_counts(), names=tuple("abcde"))
+    assert saved.score == 0.5
+    assert saved.scores["top5"] == 0.75
+    save_task(tmp_path, saved)
+    read = load_task(tmp_path, saved.task)
+    assert isinstance(read.counts, ImageCounts)
+    assert read.counts.rank.tolist() == saved.counts.rank.tolist()
+    assert read.scores == saved.scores
+    assert read.names == saved.names
+
+
+def test_the_json_of_classification_has_its_scores_and_no_class(tmp_path):
+    task = task_result([], counts=image_counts(), names=tuple("abcde"))
+    write_json(tmp_path / "results.json", [MethodResult(name="bn", tasks=(task,), order="abc")])
+    (method,) = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["methods"]
+    assert set(method["mean"]) == {"top1", "top5", "ece"}
+    assert method["tasks"][0]["top1"] == 0.5
+    assert "IoU" not in method["tasks"][0]
+
+
+def test_a_task_without_labels_has_no_score():
+    counts = ImageCounts(rank=np.array([-1]), confidence=np.array([0.5]))
+    assert all(math.isnan(value) for value in counts.scores().values())
+    assert math.isnan(counts.headline_of(counts.sums())[0])
+
+
+def test_bins_of_calibration_are_closed_above():
+    # 1/15 lies in the first bin, so both images share it.
+    error = calibration_error(np.array([1 / 15, 0.5 / 15]), np.array([True, False]))
+    assert error == pytest.approx(0.5 - 0.05)
 
 
 def test_a_task_that_was_not_finished_is_none(tmp_path):

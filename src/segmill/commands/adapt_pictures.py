@@ -8,7 +8,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Integer, UInt8
 from torch import Tensor
 
 from segmill.data.tasks import Task
@@ -47,29 +47,31 @@ class Pictures:
 
         return keep
 
-    def image(self, task: str, index: int) -> UInt8[np.ndarray, "H W 3"]:
+    def image(self, task: str, index: int) -> UInt8[np.ndarray, "_h _w 3"]:
         """The corrupted image."""
         bgr = _read(self._folder / FOLDER / f"{task}_{index}_image.png")
         return np.ascontiguousarray(bgr[..., ::-1])
 
-    def label(self, task: str, index: int) -> UInt8[np.ndarray, "H W"]:
+    def label(self, task: str, index: int) -> Integer[np.ndarray, "H W"]:
         """Its ground truth."""
         return _read(self._folder / FOLDER / f"{task}_{index}_label.png")
 
-    def pred(self, method: str, task: str, index: int) -> UInt8[np.ndarray, "H W"]:
+    def pred(self, method: str, task: str, index: int) -> Integer[np.ndarray, "H W"]:
         """What a method said of it."""
         return _read(self._folder / method / FOLDER / f"{task}_{index}.png")
 
 
 def _write(path: Path, pixels: np.ndarray) -> None:
-    write_whole(path, cv2.imencode(".png", pixels.astype(np.uint8))[1].tobytes())
+    """Classes of more than 256 take two bytes, and so does a label that is none (-1)."""
+    kept = pixels if pixels.dtype == np.uint8 else pixels.astype(np.uint16)
+    write_whole(path, cv2.imencode(".png", kept)[1].tobytes())
 
 
-def _read(path: Path) -> UInt8[np.ndarray, "H W *C"]:
+def _read(path: Path) -> Integer[np.ndarray, "H W *C"]:
     pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise SegmillError(
             f"The picture {path} of the run is gone. Start the comparison again, or leave pictures "
             "out with pictures=0."
         )
-    return pixels.astype(np.uint8)
+    return pixels

@@ -73,7 +73,7 @@ def lines_of(results: Sequence[MethodResult], *, seed: int) -> list[Line]:
 
 
 def columns_of(lines: Sequence[Line]) -> list[Column]:
-    """Tasks, their mean, the difference to the source, further means, seconds, memory: what is known."""
+    """Tasks, their mean, its difference to the source, further means, seconds, memory, if known."""
     tasks = lines[0].result.tasks
     columns = [
         Column(
@@ -118,9 +118,10 @@ def caption(lines: Sequence[Line]) -> str:
     severity = f", severity {severities.pop()}" if len(severities) == 1 else ""
     counts = [len(task.names) for task in result.tasks]
     images = f"{min(counts)}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
-    said = [
-        f"{result.counts.headline} in percent; {images} images a task{severity}; order {result.order}."
-    ]
+    headline = result.counts.headline
+    said = [f"{headline} in percent; {images} images a task{severity}; order {result.order}."]
+    if result.counts.beside:
+        said.append(f"{' and '.join(result.counts.beside)}: means over the tasks, in percent.")
     if any(line.comparison for line in lines):
         said.append(
             f"{DIFFERENCE}: mean minus {SOURCE}, from low to high in {100 * LEVEL:.0f} % of "

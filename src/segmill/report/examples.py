@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Integer, UInt8
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,18 @@ class Example:
 class BeforeAfter:
     """One corrupted image and what each method says of it, by the method's name.
 
-    `severity` is 0 where there is none to name. All arrays have one height and width.
+    `severity` is 0 where there is none to name. Label and predictions have the image's height and
+    width, or one pixel: the class of the whole image.
     """
 
-    image: UInt8[np.ndarray, "H W C"]
-    label: UInt8[np.ndarray, "H W"]
+    image: UInt8[np.ndarray, "_h _w C"]
+    label: Integer[np.ndarray, "H W"]
     name: str
     corruption: str
     severity: int
-    preds: dict[str, UInt8[np.ndarray, "H W"]]
+    preds: dict[str, Integer[np.ndarray, "H W"]]
+
+    @property
+    def is_of_classes(self) -> bool:
+        """Whether one class is said of the whole image."""
+        return self.label.size == 1

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cv2
 import jinja2
 import numpy as np
-from jaxtyping import Int, Int64, UInt8
+from jaxtyping import Int, Int64, Integer, UInt8
 
 from segmill.data.classes import Classes
 from segmill.data.sample import IGNORE
@@ -33,10 +33,12 @@ from segmill.report.tables import (
 from segmill.tta.results import SOURCE
 
 WIDTH = 480  # pixels of a picture in the report; larger images are reduced
+STRIP = 240  # of a picture in a strip
 LARGEST_TABLE = 32  # classes; a larger confusion matrix is drawn as a picture
 CONFUSIONS = 8
 ENLARGE = "mIoU of one image: mean over the classes in it. Click a picture to enlarge its row."
 ERRORS_NOTE = f"Errors are red; hatched pixels do not count. {ENLARGE}"
+STRIP_NOTE = "First the class of the image, then what each method takes it for."
 CHANGES_NOTE = f"Hatched pixels do not count. {ENLARGE}"
 
 
@@ -192,8 +194,33 @@ def _galleries(examples: Sequence[Example], classes: Classes) -> list[_Gallery]:
 
 
 def _changes(changes: Sequence[BeforeAfter], classes: Classes) -> list[_Gallery]:
-    shots = [_change(change, classes) for change in changes]
-    return [_Gallery("Before and after", shots, CHANGES_NOTE)] if shots else []
+    strip = [change for change in changes if change.is_of_classes]
+    shots = [_change(change, classes) for change in changes if not change.is_of_classes]
+    galleries = [_Gallery("Before and after", shots, CHANGES_NOTE)] if shots else []
+    return galleries + ([_strip(strip, classes)] if strip else [])
+
+
+def _strip(changes: Sequence[BeforeAfter], classes: Classes) -> _Gallery:
+    """Images side by side, each with its class and what the methods take it for."""
+    pictures = []
+    for change in changes:
+        said = [f"truth: {_class_name(change.label, classes)}"]
+        for name, pred in change.preds.items():
+            right = "✓" if (pred == change.label).all() else "✗"
+            when = "before" if name == SOURCE else "after"
+            said.append(f"{when}: {name} {right} {_class_name(pred, classes)}")
+        height, width = change.image.shape[:2]
+        size = min(width, STRIP), round(height * min(width, STRIP) / width)
+        image = cv2.resize(change.image, size, interpolation=cv2.INTER_AREA)
+        pictures.append((" · ".join(said), _jpeg(image[..., :3])))
+    corruptions = dict.fromkeys(change.corruption.replace("_", " ") for change in changes)
+    shot = _Shot(f"{len(changes)} images", ", ".join(corruptions), pictures)
+    return _Gallery("Before and after", [shot], STRIP_NOTE)
+
+
+def _class_name(pixel: Integer[np.ndarray, "1 1"], classes: Classes) -> str:
+    index = int(pixel[0, 0])
+    return classes.names[index] if index < len(classes) else "(none)"
 
 
 def _shot(example: Example, palette: UInt8[np.ndarray, "K 3"]) -> _Shot:
@@ -223,7 +250,7 @@ def _change(change: BeforeAfter, classes: Classes) -> _Shot:
     return _Shot(change.name, f"{corruption}{severity}", pictures)
 
 
-def _shown_size(label: UInt8[np.ndarray, "H W"]) -> tuple[int, int]:
+def _shown_size(label: Integer[np.ndarray, "H W"]) -> tuple[int, int]:
     height, width = label.shape
     return min(width, WIDTH), round(height * min(width, WIDTH) / width)
 
@@ -235,7 +262,7 @@ def _inputs(image: UInt8[np.ndarray, "H W C"], caption: str) -> list[tuple[str, 
     return pictures
 
 
-def _reduce(array: UInt8[np.ndarray, "H W"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w"]:
+def _reduce(array: Integer[np.ndarray, "H W"], size: tuple[int, int]) -> Integer[np.ndarray, "h w"]:
     return cv2.resize(array, size, interpolation=cv2.INTER_NEAREST_EXACT)
 
 

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, Integer
-from torch import Tensor
+from torch import Tensor, distributed
 
 from segmill.evaluation import ConfusionMetric
 from segmill.inference import label_of_logits
@@ -65,6 +66,17 @@ class Course:
         self.names += names
         self.losses += [loss] * len(names)
         self.seconds += [seconds / len(names)] * len(names)
+
+    def entries(self) -> list[tuple[str, float, float]]:
+        """Name, loss and seconds of every image."""
+        return list(zip(self.names, self.losses, self.seconds, strict=True))
+
+    def replace(self, entries: Sequence[tuple[str, float, float]]) -> None:
+        """Go on with other images: those of all processes, whose seconds run side by side."""
+        names, losses, seconds = zip(*entries, strict=True)
+        processes = distributed.get_world_size() if distributed.is_initialized() else 1
+        self.names, self.losses = list(names), list(losses)
+        self.seconds = [each / processes for each in seconds]
 
     def mean_loss(self) -> float:
         """Mean over the images so far."""
