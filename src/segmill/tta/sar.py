@@ -1,4 +1,4 @@
-"""SAR: entropy of the reliable images or pixels only, at weights from where every direction leads down.
+"""SAR: entropy of what is reliable only, at weights from where every direction leads down.
 
 Paper:   Niu et al., "Towards Stable Test-Time Adaptation in Dynamic Wild World", ICLR 2023,
          https://arxiv.org/abs/2302.12400
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 class SAR:
     """One sharpness-aware step a batch on the mean entropy, at the logits' own stride.
 
-    Images (of segmentation: pixels) with an entropy below `entropy_share` x ln K count. The gradient is taken at distance
-    `rho` from the weights, in the direction in which the entropy grows. Once the moving average
-    (`memory` of it is kept) falls below `recover_below` nats the model has collapsed, and weights
-    and optimizer start from the source again.
+    Images (of segmentation: pixels) with an entropy below `entropy_share` x ln K count. The
+    gradient is taken at distance `rho` from the weights, in the direction in which the entropy
+    grows. Once the moving average (`memory` of it is kept) falls below `recover_below` nats the
+    model has collapsed, and weights and optimizer start from the source again.
 
     `frozen_share` of the normalisation layers, those next to the logits, are not updated. The
     paper leaves out the top of the network as too sensitive: the last of ResNet's four stages, the

@@ -2,9 +2,9 @@
 
 Paper:   Wang et al., "Tent: Fully Test-Time Adaptation by Entropy Minimization", ICLR 2021,
          https://arxiv.org/abs/2006.10726
-Follows: the paper; the entropy is averaged over images, of segmentation over pixels. Layers are chosen by type, so LayerNorm,
-         GroupNorm and RMSNorm learn too. BatchNorm by the image's statistics, the paper's other
-         half, is `tta.batch_statistics: true`.
+Follows: the paper; the entropy is averaged over images, of segmentation over pixels. Layers are
+         chosen by type, so LayerNorm, GroupNorm and RMSNorm learn too. BatchNorm by the batch's
+         statistics, the paper's other half, is `tta.batch_statistics: true`.
 """
 
 import torch
