@@ -131,35 +131,34 @@ def test_a_label_outside_the_classes_is_refused_by_name() -> None:
 def test_what_processes_saw_is_put_together_in_the_streams_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Three images on two processes; the second repeats the stream's first image."""
-    (batch, logits), *_ = steps(4)
-    stream = [0, 1, 2, 0]
-    records = []
-    for process in range(2):
-        mine = stream[process::2]
-        part = {"label": batch["label"][mine], "name": [batch["name"][index] for index in mine]}
-        records.append(record())
-        records[-1].add(part, logits[mine], loss=float(process), seconds=4.0)
+    """Two processes; every step has some images of each."""
+    (batch, logits), *_ = steps(7)
+    shares = [[[0, 1], [4, 5]], [[2, 3], [6]]]  # process, step
+    records = [record(), record()]
+    for process, of_process in enumerate(shares):
+        for images in of_process:
+            part = {"label": batch["label"][images], "name": [batch["name"][i] for i in images]}
+            seconds = 4.0 * len(images)
+            records[process].add(part, logits[images], loss=float(process), seconds=seconds)
     sent: list[Any] = []
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "all_gather_object", lambda parts, mine: sent.append(mine))
+    monkeypatch.setattr(distributed, "all_gather_object", lambda _, mine: sent.append(mine))
     for each in records:
-        with pytest.raises(TypeError):  # nothing came back
-            each.gather(3)
+        with pytest.raises(ValueError, match="unpack"):  # nothing came back
+            each.gather()
 
     def give(parts: list[Any], mine: Any) -> None:
         parts[:] = sent
 
     monkeypatch.setattr(distributed, "all_gather_object", give)
-    records[0].gather(3)
+    for each in records:
+        each._ranks, each._confidences, each.course._steps = [], [], []
+    records[0].gather()
     alone = record()
-    alone.add(
-        {"label": batch["label"][:3], "name": batch["name"][:3]}, logits[:3], loss=0.0, seconds=3.0
-    )
+    alone.add(batch, logits, loss=0.0, seconds=14.0)
     together = records[0].result(task="t", corruption="fog", severity=5)
     expected = alone.result(task="t", corruption="fog", severity=5)
     assert together.names == expected.names
     assert together.scores == expected.scores
     assert together.seconds == expected.seconds, "the processes work side by side"
-    assert together.loss == pytest.approx(1 / 3)
+    assert together.loss == pytest.approx(3 / 7)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int, Int64
-from torch import Tensor, distributed
+from torch import Tensor
 
 from segmill.errors import SegmillError
 from segmill.tta.counts import ImageCounts
@@ -60,20 +60,12 @@ class ClassificationRecord:
             **self.course.facts(),
         )
 
-    def gather(self, images: int) -> None:
-        """Put the processes' images together, each process having had every so-manieth of them.
-
-        `images` are those of the task: what the loaders repeat at the end, so that all processes
-        make the same number of steps, is left out.
-        """
-        own = (self.course.entries(), torch.cat(self._ranks), torch.cat(self._confidences))
-        mine = (own[0], own[1].cpu(), own[2].cpu())
-        parts: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(parts, mine)
-        entries, ranks, confidences = zip(*parts, strict=True)
-        self.course.replace([each for step in zip(*entries, strict=True) for each in step][:images])
-        self._ranks = [torch.stack(ranks, dim=1).flatten()[:images]]
-        self._confidences = [torch.stack(confidences, dim=1).flatten()[:images]]
+    def gather(self) -> None:
+        """Put the processes' steps together, each of which had other images of it."""
+        tensors = zip(self._ranks, self._confidences, strict=True)
+        mine = [(ranks.cpu(), confidences.cpu()) for ranks, confidences in tensors]
+        steps = self.course.gather(mine)
+        self._ranks, self._confidences = (list(each) for each in zip(*steps, strict=True))
 
     def _counts(self) -> ImageCounts:
         return ImageCounts(

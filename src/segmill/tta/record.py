@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -49,38 +48,45 @@ class Record(Protocol):
         ...
 
 
+Step = tuple[list[str], float, float]  # names, loss, seconds an image
+Counted = TypeVar("Counted")
+
+
 class Course:
     """Names, losses and seconds of a task's images, and the memory that they took."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.names: list[str] = []
-        self.losses: list[float] = []
-        self.seconds: list[float] = []
+        self._steps: list[Step] = []
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
     def add(self, batch: dict[str, Any], *, loss: float, seconds: float) -> None:
         """Note a step; every image of it has the step's loss and its share of the seconds."""
         names = names_of(batch)
-        self.names += names
-        self.losses += [loss] * len(names)
-        self.seconds += [seconds / len(names)] * len(names)
+        self._steps.append((names, loss, seconds / len(names)))
 
-    def entries(self) -> list[tuple[str, float, float]]:
-        """Name, loss and seconds of every image."""
-        return list(zip(self.names, self.losses, self.seconds, strict=True))
+    @property
+    def names(self) -> list[str]:
+        """Of the images so far, in order."""
+        return [name for names, _, _ in self._steps for name in names]
 
-    def replace(self, entries: Sequence[tuple[str, float, float]]) -> None:
-        """Go on with other images: those of all processes, whose seconds run side by side."""
-        names, losses, seconds = zip(*entries, strict=True)
-        processes = distributed.get_world_size() if distributed.is_initialized() else 1
-        self.names, self.losses = list(names), list(losses)
-        self.seconds = [each / processes for each in seconds]
+    def gather(self, counted: list[Counted]) -> list[Counted]:
+        """Go on with the images of all processes, in the order of their common stream.
+
+        `counted` is what this process counted in each step; what all did comes back. The
+        processes' seconds run side by side, so an image took a share of them.
+        """
+        steps = [*zip(self._steps, counted, strict=True)]
+        parts: list[list[tuple[Step, Counted]]] = [[] for _ in range(distributed.get_world_size())]
+        distributed.all_gather_object(parts, steps)
+        every = [each for of_step in zip(*parts, strict=True) for each in of_step]
+        self._steps = [(names, loss, took / len(parts)) for (names, loss, took), _ in every]
+        return [each for _, each in every]
 
     def mean_loss(self) -> float:
         """Mean over the images so far."""
-        return float(np.mean(self.losses))
+        return float(np.mean([loss for names, loss, _ in self._steps for _ in names]))
 
     def facts(self) -> dict[str, Any]:
         """The fields of a TaskResult that every kind of task has."""
@@ -88,7 +94,7 @@ class Course:
         return {
             "names": tuple(self.names),
             # The median leaves out what belongs to no image: compilation, a slow disk.
-            "seconds": float(np.median(self.seconds)),
+            "seconds": float(np.median([took for names, _, took in self._steps for _ in names])),
             "peak_memory": torch.cuda.max_memory_allocated(self._device) if on_gpu else 0,
             "loss": self.mean_loss(),
         }
