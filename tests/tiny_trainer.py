@@ -20,6 +20,9 @@ ONE_CPU = AdaptTrainerSettings(
     devices=1,
     nodes=1,
     precision="32-true",
+    strategy="fsdp",
+    share="classes",
+    accumulate=1,
     compile=False,
     deterministic=False,
     log_every=1,
@@ -39,6 +42,9 @@ def module_of(model: CombinedModel, *, num_classes: int = CLASSES, **changes: An
         "predict": "before",
         "compiled": False,
         "evidence": None,
+        "accumulate": 1,
+        "share": "classes",
+        "strategy": "fsdp",
     }
     return TTAModule(**settings | changes)
 

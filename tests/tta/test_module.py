@@ -16,7 +16,7 @@ from segmill.errors import SegmillError
 from segmill.inference import label_of_logits
 from segmill.models.combined import CombinedModel
 from segmill.optim import SGD, AdamW
-from segmill.tta import module as tta_module
+from segmill.tta import updaters
 from segmill.tta.cotta import CoTTA
 from segmill.tta.dusa import Dusa
 from segmill.tta.module import TTAModule
@@ -234,7 +234,7 @@ def test_in_a_step_all_is_in_eval_mode_and_only_what_is_chosen_has_gradients(
 ) -> None:
     """Of the tiny SD3 with its codec and text, for every method."""
     seen: dict[str, int] = {}
-    step = tta_module._Updater.step
+    step = updaters.DirectUpdater.step
 
     def check(updater: Any) -> None:
         module: TTAModule = updater._module
@@ -268,7 +268,7 @@ def test_in_a_step_all_is_in_eval_mode_and_only_what_is_chosen_has_gradients(
             hook.remove()
         assert not any(each.training for each in self.modules())
 
-    monkeypatch.setattr(tta_module._Updater, "step", check)
+    monkeypatch.setattr(updaters.DirectUpdater, "step", check)
     monkeypatch.setattr(TTAModule, "training_step", watched)
     methods = "[bn,tent,sar,cotta,dusa,dusa_u]"
     adapt_tiny(tmp_path, methods=methods, limit=1, pictures=0, model__loss__topk=3)

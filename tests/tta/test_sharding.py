@@ -152,7 +152,7 @@ def test_blocks_are_compiled_once_however_many_tasks_and_methods(
             module.begin(method, settings, batch_statistics=False)
             for task in (Task(1, "fog", 5), Task(2, "snow", 5)):
                 fit(module, tmp_path, task)
-                losses[switch, type(method).__name__, task.index] = module.record.mean_loss()
+                losses[switch, type(method).__name__, task.index] = module.record.course.mean_loss()
         if switch:
             assert compiled == model.guide.blocks()
     assert all(losses[True, *rest] == loss for (_, *rest), loss in losses.items())

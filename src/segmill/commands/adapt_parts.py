@@ -138,6 +138,9 @@ def build_adapt_parts(config: DictConfig) -> AdaptParts:
         predict=config.tta.predict,
         compiled=settings.compile,
         evidence=None,
+        accumulate=settings.accumulate,
+        share=settings.share,
+        strategy=settings.strategy,
     )
     chosen = _chosen(config, len(data.tasks))
     return AdaptParts(data, model, module, settings, protocol, config.limit, chosen)

@@ -19,12 +19,20 @@ from segmill.errors import SegmillError
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptTrainerSettings:
-    """Where an adaptation runs. Several devices shard both models and split the classes."""
+    """Where an adaptation runs.
+
+    Several processes `share` the classes of an image, or the images: then `strategy` says whether
+    weights are sharded (fsdp) or every process has all of them (ddp). `accumulate` batches make a
+    step; the last one of a task has what is left.
+    """
 
     accelerator: Literal["auto", "cpu", "gpu"]
     devices: int | Sequence[int] | Literal["auto"]
     nodes: int
     precision: Literal["32-true", "bf16-mixed"]
+    strategy: Literal["fsdp", "ddp"]
+    share: Literal["classes", "images"]
+    accumulate: int
     compile: bool
     deterministic: bool
     log_every: int
@@ -32,7 +40,7 @@ class AdaptTrainerSettings:
     fast_dev_run: bool
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "log_every", "timeout"):
+        for name in ("nodes", "accumulate", "log_every", "timeout"):
             if getattr(self, name) < 1:
                 raise SegmillError(
                     f"trainer.{name}={getattr(self, name)} should be a whole number from 1 on."
@@ -43,6 +51,11 @@ class AdaptTrainerSettings:
                 "trainer=adapt_cpu runs on the CPU."
             )
         self._check_devices()
+        if self.strategy == "ddp" and self.share == "classes" and self.processes > 1:
+            raise SegmillError(
+                "trainer.strategy=ddp with trainer.share=classes: processes that have all weights "
+                "share images. Set trainer.share=images, or trainer.strategy=fsdp."
+            )
 
     @property
     def on_gpu(self) -> bool:
@@ -55,6 +68,11 @@ class AdaptTrainerSettings:
         devices = self._devices
         return (devices if isinstance(devices, int) else len(devices)) * self.nodes
 
+    @property
+    def trial_images(self) -> int:
+        """Images of fast_dev_run: one, or one for each process."""
+        return self.processes if self.share == "images" else 1
+
     def trainer(self, folder: Path, *, epochs: int, callbacks: list[Callback]) -> lightning.Trainer:
         """A Trainer for one task; without checkpoints, as every task starts from the source."""
         quiet_lightning()
@@ -66,7 +84,7 @@ class AdaptTrainerSettings:
             precision=self.precision,
             deterministic=self.deterministic,
             max_epochs=epochs,
-            use_distributed_sampler=False,  # every process works on the same image
+            use_distributed_sampler=False,  # the data's loader knows what each process takes
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=False,
@@ -106,7 +124,7 @@ class AdaptTrainerSettings:
             )
 
     def _strategy(self) -> Any:
-        """Lightning's FSDP2 for several processes; a process that waits too long gives up."""
+        """Lightning's FSDP2, whatever is sharded; a process that waits too long gives up."""
         if self.processes == 1:
             return "auto"
         return WatchedProcesses(

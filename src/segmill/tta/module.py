@@ -15,8 +15,8 @@ from typing import Any, Literal
 import lightning
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from segmill.data.tasks import Task
 from segmill.draws import draws_from
@@ -25,7 +25,7 @@ from segmill.evidence import write_evidence
 from segmill.models.combined import CombinedModel
 from segmill.optim import OptimizerSettings
 from segmill.tta.batch_statistics import BatchStatistics
-from segmill.tta.method import Method, Views
+from segmill.tta.method import Accumulates, Method, Views
 from segmill.tta.record import Record, names_of
 from segmill.tta.sharding import (
     Snapshot,
@@ -35,6 +35,8 @@ from segmill.tta.sharding import (
     shard,
     world_size,
 )
+from segmill.tta.step_plan import StepPlan, step_plan
+from segmill.tta.updaters import DirectUpdater, GatheringUpdater
 
 
 class TTAModule(lightning.LightningModule):
@@ -44,6 +46,10 @@ class TTAModule(lightning.LightningModule):
     segmentation, one or more of classification. `on_images(first, batch, pred)` is called for every
     batch with the number of its first image, which is how pictures for a report are kept;
     `evidence` is a folder for images whose loss is not finite.
+
+    `accumulate` batches make a step of the optimizer. Several processes `share` the classes of an
+    image or the images of a batch; `strategy` says whether weights are sharded (fsdp) or whole
+    (ddp, where images are shared).
     """
 
     def __init__(
@@ -55,12 +61,17 @@ class TTAModule(lightning.LightningModule):
         predict: Literal["before", "after"],
         compiled: bool,
         evidence: Path | None,
+        accumulate: int,
+        share: Literal["classes", "images"],
+        strategy: Literal["fsdp", "ddp"],
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model = model
         self.new_record, self.seed = new_record, seed
         self.predict, self.compiled, self.evidence = predict, compiled, evidence
+        self.accumulate, self.share, self.strategy_name = accumulate, share, strategy
+        model.shares_classes = share == "classes"
         self.on_images: Callable[[int, dict[str, Any], Tensor], None] = _ignore
         self.task: Task | None = None
         self._configured = False
@@ -81,6 +92,7 @@ class TTAModule(lightning.LightningModule):
         self, method: Method, optimizer: OptimizerSettings | None, *, batch_statistics: bool
     ) -> None:
         """Go on with another method; the weights are the source's, whatever the last one did."""
+        check_accumulates(method, self.accumulate)
         if self._snapshot is not None:
             self.reset()
             self._snapshot = None
@@ -109,7 +121,7 @@ class TTAModule(lightning.LightningModule):
         if self.compiled:
             compile_blocks(repeated_blocks(network) + ([] if guide is None else guide.blocks()))
         mesh = self._device_mesh
-        if mesh is not None and world_size() > 1:
+        if mesh is not None and world_size() > 1 and self.strategy_name == "fsdp":
             over = mesh["data_parallel"]
             # Gathered at once: 85 M weights take a millisecond, the hooks of 52 blocks many. Their
             # type stays, BatchNorm takes no mixed ones: autocast alone decides here.
@@ -148,15 +160,36 @@ class TTAModule(lightning.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Count anew: of several epochs the last one is what is reported."""
         self.record = self.new_record(self.device)
+        shared = self.share == "images" and world_size() > 1
+        loader = self.trainer.train_dataloader
+        assert isinstance(loader, DataLoader)
+        self.plan = step_plan(
+            loader,
+            accumulate=self.accumulate,
+            rank=self.global_rank if shared else 0,
+            processes=world_size() if shared else 1,
+        )
+        averaged = list(self.method.parameters_to_update().values())
+        averaged = averaged if shared and self.strategy_name == "ddp" else []
+        gathers = accumulates(self.method) and (shared or self.accumulate > 1)
+        self._updater = (GatheringUpdater if gathers else DirectUpdater)(self, averaged)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Adapt to a batch, and count its predictions from before (or after) the update."""
         started = self._now()
-        views = Views(image=batch["image"], original=batch["original"])
-        method_seed, network_seed = self._draw_seeds(batch_idx)
-        generator = torch.Generator(self.device).manual_seed(method_seed)
-        with draws_from(network_seed, self.device):
-            logits, loss = self.method.adapt(views, _Updater(self), generator)
+        plan, updater = self.plan, self._updater
+        own = plan.own(batch_idx)
+        seeds = tuple(self._draw_seeds(position)[0] for position in own)
+        views = Views(image=batch["image"], original=batch["original"], seeds=seeds)
+        # What is drawn for the step, for its weights above all, is the same on every process.
+        step_seed, _ = self._draw_seeds(plan.batches[batch_idx].start)
+        generator = torch.Generator(self.device).manual_seed(step_seed)
+        with draws_from(self._draw_seeds(own.start)[1], self.device):
+            if isinstance(updater, GatheringUpdater):
+                updater.factor = plan.factor(batch_idx)
+            logits, loss = self.method.adapt(views, updater, generator)
+            if isinstance(updater, GatheringUpdater) and plan.ends_step(batch_idx):
+                updater.finish()
             if self.predict == "after":
                 with torch.no_grad():
                     logits = self.method.predict(views)
@@ -165,20 +198,20 @@ class TTAModule(lightning.LightningModule):
             self._stop(value, batch)
         seconds = self._now() - started
         pred = self.record.add(batch, logits, loss=value, seconds=seconds)
-        self.on_images(len(self.record.course.names) - len(pred), batch, pred)
+        self.on_images(own.start, batch, pred)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def _draw_seeds(self, batch_idx: int) -> tuple[int, int]:
+    def _draw_seeds(self, position: int) -> tuple[int, int]:
         """Of what the method draws, and of what networks draw in their forward pass.
 
-        The same on every process; others for every task, epoch and image.
+        The same on every process; others for every task, epoch and image of the task.
         """
         task = 0 if self.task is None else self.task.index
-        words = [self.seed, task, self.current_epoch, batch_idx]
+        words = [self.seed, task, self.current_epoch, position]
         of_method, of_networks = np.random.SeedSequence(words).generate_state(2, np.uint64)
         return int(of_method >> 1), int(of_networks >> 1)
 
@@ -204,30 +237,20 @@ class TTAModule(lightning.LightningModule):
         )
 
 
-class _Updater:
-    """The optimizer of a TTAModule, through Lightning's precision and strategy."""
+def accumulates(method: Method) -> bool:
+    """Whether its step may wait for further batches."""
+    return isinstance(method, Accumulates) and method.accumulates
 
-    def __init__(self, module: TTAModule) -> None:
-        self._module = module
 
-    def backward(self, loss: Float[Tensor, ""]) -> None:
-        self._module.manual_backward(loss)
-
-    def step(self) -> None:
-        self._optimizer.step()
-        self.zero_grad()
-        # Autocast would go on with the weights' copies from before the step.
-        torch.clear_autocast_cache()
-
-    def zero_grad(self) -> None:
-        self._optimizer.zero_grad()
-
-    def forget(self) -> None:
-        self._optimizer.optimizer.state.clear()
-
-    @property
-    def _optimizer(self) -> Any:
-        return self._module.optimizers()
+def check_accumulates(method: Method, accumulate: int) -> None:
+    """Refuse a method that needs every step at once."""
+    if accumulate > 1 and method.parameters_to_update() and not accumulates(method):
+        raise SegmillError(
+            f"trainer.accumulate={accumulate}: {type(method).__name__} as it is set takes its own "
+            "steps on every batch (it looks at the weights after them, throws gradients away, or "
+            "steps more than once), so gradients cannot be gathered over batches. Set "
+            "trainer.accumulate=1 and a larger data.batch_size."
+        )
 
 
 def _ignore(first: int, batch: dict[str, Any], pred: Tensor) -> None:

@@ -1,14 +1,20 @@
 """Both models over several processes: Lightning's device mesh, torch's `fully_shard` (FSDP2).
 
-Every process sees the same image, and each takes a part of the classes (models/class_split.py);
-sharding only decides where the weights lie. The weights of every block are gathered for as long
+Processes share the classes of an image (models/class_split.py) or the images (step_plan.py);
+sharding only decides where the weights lie. Weights that are not sharded have their gradients
+averaged here. The weights of every block are gathered for as long
 as the block runs. Nothing here depends on the number of processes: with one, nothing is sharded.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import (
+    Tensor,
+    _foreach_copy_,  # pyright: ignore[reportPrivateImportUsage]
+    distributed,
+    nn,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -16,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 # Class counts (five buckets), two kinds of blocks, portrait and landscape, with and without grad.
 RECOMPILES = 64
+BUCKET = 2**26  # gradients that travel together: 256 MiB in float32
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
@@ -58,6 +65,29 @@ def forget_gathered(module: nn.Module) -> None:
     for each in module.modules():
         if isinstance(each, FSDPModule):
             each.reshard()
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the processes, all of which have the same ones."""
+    for bucket in _buckets([each.grad for each in parameters if each.grad is not None]):
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        distributed.all_reduce(flat)
+        flat /= world_size()
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        _foreach_copy_(bucket, [p.view_as(g) for p, g in zip(parts, bucket, strict=True)])
+
+
+def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    """In their order, of at least `BUCKET` numbers each but the last."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        bucket.append(gradient)
+        if sum(each.numel() for each in bucket) >= BUCKET:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
@@ -112,6 +142,6 @@ class Snapshot:
 
 
 def world_size() -> int:
-    """Processes that work on the same image."""
+    """Processes of the run."""
     ready = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if ready else 1
