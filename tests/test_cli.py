@@ -245,3 +245,13 @@ def test_every_row_of_the_table_has_its_root_file():
 
     for name, verb in verbs.VERBS.items():
         assert verb.config is None or (CONFIGS / f"{verb.config}.yaml").is_file(), name
+
+
+def test_a_misspelt_runtime_is_told_which_there_are(capsys):
+    assert cli.main(["train", "runtime=jitor"]) == 2
+    assert "there are torch and jittor" in capsys.readouterr().err
+
+
+def test_jittor_is_said_to_live_elsewhere(capsys):
+    assert cli.main(["train", "runtime=jittor", "model=dformer-tiny"]) == 2
+    assert "make jittor" in capsys.readouterr().err

@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.code is None:  # Lightning's word for SIGTERM, which Python takes for success
             return _report(argv, "Ended by SIGTERM.", TERMINATED)
         raise
+    except ModuleNotFoundError as error:
+        return _report(argv, _not_installed(error), WRONG_INPUT)
     except Exception as error:
         text = f"{type(error).__name__}: {error}\nThis is unexpected. Run again with --trace to see"
         return _report(argv, f"{text} where it comes from.", FAILED)
@@ -198,6 +200,16 @@ def _unknown_verb(words: Sequence[str]) -> str:
 
 def _see_help(verb: str) -> str:
     return f"See segmill {verb} --help."
+
+
+def _not_installed(error: ModuleNotFoundError) -> str:
+    """The Jittor environment has no torch, and an extra may be missing anywhere."""
+    jittor = ", ".join(f"segmill {name}" for name, verb in VERBS.items() if verb.jittor)
+    return (
+        f"this command needs {error.name}, which is not installed here ({sys.executable}). Install "
+        f"it: pip install 'segmill[all]'. Without torch there are runtime=jittor ({jittor}) and "
+        "segmill convert."
+    )
 
 
 def _log_to_stdout() -> None:

@@ -53,8 +53,7 @@ def compose(command: str, overrides: Sequence[str]) -> DictConfig:
     known = [each for each in values if _key_exists(each, base, parsed, problems)]
     lines = [line for each in known for line in _lines(each, base)]
     config = _hydra(command, [*chosen, *lines], problems)
-    if "runtime" in config and not problems:
-        prepare_runtime(config.runtime)
+    prepare_runtime(config.get("runtime", "torch"))
     problems += problems_in(_of_runtime(config), KEYS.get(command))
     if problems:
         raise SegmillError(_paragraph(problems))

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from segmill.errors import SegmillError
 from segmill.paths import CONFIGS
 
+RUNTIMES = ("torch", "jittor")
 PACKAGE = Path(__file__).resolve().parent
 # Below these, everything needs a framework.
 FRAMEWORK = ("segmill.models.", "segmill.optim.", "segmill.data.datamodule.")
@@ -48,6 +49,8 @@ def replaced(node: Any) -> Any:
 
 def prepare_runtime(runtime: str) -> None:
     """Refuse a runtime that is not installed here, and say how to get it; start Jittor."""
+    if runtime not in RUNTIMES:
+        raise SegmillError(f"runtime={runtime}: there are {' and '.join(RUNTIMES)}.")
     if runtime == "jittor" and find_spec("jittor") is None:
         raise SegmillError(
             "runtime=jittor: Jittor is not installed here; it lives apart from torch. `make jittor`"
@@ -55,8 +58,9 @@ def prepare_runtime(runtime: str) -> None:
         )
     if runtime == "torch" and find_spec("torch") is None:
         raise SegmillError(
-            "torch is not installed here. Add runtime=jittor (models: "
-            f"{', '.join(jittor_models())}), or install it: pip install 'segmill[torch]'."
+            "torch is not installed here. segmill train, eval and predict do without it: add "
+            f"runtime=jittor (models: {', '.join(jittor_models())}). For everything else install "
+            "it: pip install 'segmill[torch]'."
         )
     if runtime == "jittor":
         from segmill.jittor.environment import prepare  # nothing else wants its modules
