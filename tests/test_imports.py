@@ -27,6 +27,11 @@ LIGHTNING_LIBRARIES = TORCH_LIBRARIES | {"lightning", "torchmetrics"}
 # `photometric` know only tensors, so families may use them.
 LAYERS: list[tuple[str, int, set[str] | None]] = [
     *((f"data.{name}", 6, LIGHTNING_LIBRARIES) for name in ("datamodule", "loader", "task_data")),
+    *(
+        (f"data.{name}", 6, LIGHTNING_LIBRARIES)
+        for name in ("classification_data", "image_datamodule")
+    ),
+    ("data.digits", 0, PORTABLE_LIBRARIES | {"sklearn"}),
     *((f"checkpoint.{name}", 2, TORCH_LIBRARIES) for name in ("load", "inspect", "pretrained")),
     ("checkpoint.sharded", 2, TORCH_LIBRARIES),
     ("checkpoint.lightning_state", 6, LIGHTNING_LIBRARIES),

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from segmill.checkpoint.read import read_metadata
-from segmill.data.classes import Classes, read_classes
+from segmill.data.classes import Classes, coloured_classes, read_classes
 from segmill.errors import SegmillError
 from segmill.protocol import Protocol
 from segmill.report.overlay import overlay
@@ -120,10 +120,7 @@ def default_classes(count: int) -> Classes:
     known = {11: "camvid", 19: "cityscapes", 21: "pascal_voc12", 150: "ade20k"}
     if count in known:
         return read_classes(known[count])
-    hues = (np.arange(count) * 0.618034 % 1.0 * 179).astype(np.uint8)
-    hsv = np.stack([hues, np.full(count, 200, np.uint8), np.full(count, 220, np.uint8)], axis=-1)
-    palette = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]
-    return Classes(tuple(f"class {index}" for index in range(count)), palette, ())
+    return coloured_classes([f"class {index}" for index in range(count)])
 
 
 def _read_image(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:

@@ -13,7 +13,12 @@ from segmill.commands.settings import BUILDS
 from segmill.paths import CONFIGS
 
 # A short option name is also looked for in these subfolders of its group.
-SUBFOLDERS = {"model": ("discriminative",), "experiment": ("adapt", "ade20k", "cityscapes", "rgbd")}
+# Classifiers are no models of `model=`, whose options are the variants of segmentation.
+SUBFOLDERS = {
+    "model": ("discriminative",),
+    "model/discriminative": ("classifier",),
+    "experiment": ("adapt", "ade20k", "cityscapes", "rgbd"),
+}
 
 
 def config_folders() -> tuple[Path, ...]:
@@ -54,8 +59,8 @@ def fitting(command: str, group: str) -> dict[str, str]:
 def fits(command: str, group: str, option: str) -> bool:
     """Whether the option does not build what only other commands want."""
     wanted = BUILDS.get(command, {}).get(group)
-    foreign = {kinds.get(group) for kinds in BUILDS.values()} - {wanted, None}
-    return wanted is None or target_of(group, option) not in foreign
+    every = {kind for kinds in BUILDS.values() for kind in kinds.get(group, ())}
+    return wanted is None or target_of(group, option) not in every.difference(wanted)
 
 
 def target_of(group: str, option: str) -> str | None:

@@ -27,7 +27,7 @@ FILES = ("model.safetensors", "pytorch_model.bin")
 
 @runtime_checkable
 class TimmBackbone(Protocol):
-    """A backbone that is a model of timm, or has one's weights: `name` is timm's name for it."""
+    """A network or its backbone that is a model of timm, or has one's weights: `name` is timm's."""
 
     name: str
     in_channels: int
@@ -59,29 +59,35 @@ def hub_file(repository: str, names: Sequence[str] = FILES) -> Path:
 
 
 def timm_weights(module: nn.Module) -> dict[str, Array]:
-    """timm's pretrained weights for `module.backbone`, under timm's names.
+    """timm's pretrained weights for `module.backbone` (or a classifier), under timm's names.
 
     The first convolution is adapted to the backbone's channels by timm's own rule (for RGB-D: the
     RGB filters repeated and scaled).
     """
-    backbone = dict(module.named_children()).get("backbone")
+    backbone: object = dict(module.named_children()).get("backbone")
+    if isinstance(module, TimmBackbone):
+        backbone = module
     if not isinstance(backbone, TimmBackbone):
         raise CheckpointError(
             "weights=timm is for networks whose backbone is a model of timm, and this one's is "
             f"{type(backbone).__name__}. Name a checkpoint instead."
         )
+    arrays = read_checkpoint(timm_file(backbone.name))
     config = timm.get_pretrained_cfg(backbone.name)
-    if config is None or not config.hf_hub_id:
-        raise CheckpointError(
-            f"timm {timm.__version__} has no pretrained weights for {backbone.name}."
-        )
-    arrays = read_checkpoint(hub_file(str(config.hf_hub_id)))
-    first = config.first_conv
+    first = None if config is None else config.first_conv
     for name in (first,) if isinstance(first, str) else first or ():
         weight = torch.from_numpy(arrays[f"{name}.weight"])
         adapted = timm.models.adapt_input_conv(backbone.in_channels, weight)
         arrays[f"{name}.weight"] = adapted.numpy()
     return arrays
+
+
+def timm_file(name: str) -> Path:
+    """The file of timm's pretrained weights of a model, from the cache or downloaded into it."""
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        raise CheckpointError(f"timm {timm.__version__} has no pretrained weights for {name}.")
+    return hub_file(str(config.hf_hub_id))
 
 
 def reachable() -> bool:

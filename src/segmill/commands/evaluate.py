@@ -17,7 +17,7 @@ from segmill.commands.run_folder import write_provenance
 from segmill.commands.trainer import build_trainer
 from segmill.commands.trainer_settings import LoggingSettings, TrainerSettings
 from segmill.configuration import Invocation, build, plain
-from segmill.data.datamodule import SegmentationData
+from segmill.data.image_datamodule import TrainingData
 from segmill.errors import SegmillError
 from segmill.evaluation import EvaluationModule
 from segmill.models.discriminative import Discriminative
@@ -32,7 +32,7 @@ def run(config: DictConfig, context: Invocation) -> None:
     config = config_of_run(config, context)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     protocol: Protocol = build(config.protocol)
-    data: SegmentationData = build(
+    data: TrainingData = build(
         config.data, protocol=protocol, seed=config.seed, accumulate=1, start_step=0
     )
     split = config.split or data.val_split
@@ -51,7 +51,7 @@ def run(config: DictConfig, context: Invocation) -> None:
 
 
 def score(
-    trainer: lightning.Trainer, segmenter: Segmenter, data: SegmentationData, *, split: str
+    trainer: lightning.Trainer, segmenter: Segmenter, data: TrainingData, *, split: str
 ) -> Scored:
     """Score every image of `split` once, on all processes of `trainer`."""
     module = EvaluationModule(
@@ -73,7 +73,7 @@ def score(
     )
 
 
-def _segmenter(config: DictConfig, data: SegmentationData, protocol: Protocol) -> Segmenter:
+def _segmenter(config: DictConfig, data: TrainingData, protocol: Protocol) -> Segmenter:
     if config.run is not None:
         segmenter = replace(open_segmenter(config.run), protocol=protocol)
         require_same_classes(segmenter.classes, data)

@@ -18,9 +18,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from segmill.commands.run_folder import environment, new_run_folder
-from segmill.data.classes import Classes
+from segmill.data.classes import Classes, HasClasses
 from segmill.data.folder import FolderDataset
-from segmill.data.splits import Splits
+from segmill.data.labelled_image import LabelMaps
 from segmill.files import write_whole
 from segmill.metrics import SCALARS, AbsentClass, scores
 from segmill.protocol import Protocol
@@ -38,7 +38,7 @@ class Scored:
 
     data_name: str
     split: str
-    dataset: FolderDataset  # the samples that were scored
+    dataset: FolderDataset | LabelMaps  # the samples that were scored
     classes: Classes
     protocol: Protocol
     confusion: Int64[np.ndarray, "K J"]
@@ -101,7 +101,7 @@ def _means(confusion: Int64[np.ndarray, "K J"], absent_class: AbsentClass) -> di
     return {name: float(result[name]) for name in ("mIoU", "mAcc", "mFscore")}
 
 
-def order_hash(dataset: FolderDataset) -> str:
+def order_hash(dataset: FolderDataset | LabelMaps) -> str:
     """Twelve digits that change when the list of images or its order does."""
     return sha256(b"\n".join(bytes(name) for name in dataset.names)).hexdigest()[:12]
 
@@ -174,7 +174,7 @@ def _by_class(scored: Scored, values: Any) -> dict[str, float | None]:
     }
 
 
-def result_folder(config: DictConfig, data: Splits, split: str, protocol: Protocol) -> Path:
+def result_folder(config: DictConfig, data: HasClasses, split: str, protocol: Protocol) -> Path:
     """Beside the run that was scored; every evaluation has a folder of its own."""
     name = f"eval_{data.name}_{split}_{protocol.name}"
     if config.run is not None and Path(config.run).exists():

@@ -11,8 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from segmill.checkpoint.training_state import latest_state, steps_of
 from segmill.configuration import Invocation
-from segmill.data.classes import Classes
-from segmill.data.splits import Splits
+from segmill.data.classes import Classes, HasClasses
 from segmill.errors import SegmillError
 
 # What may differ from the run as it was; keys with a dot are single values and may, too.
@@ -87,7 +86,7 @@ def config_of_run(config: DictConfig, context: Invocation) -> DictConfig:
     return merged
 
 
-def require_same_classes(classes: Classes, data: Splits) -> None:
+def require_same_classes(classes: Classes, data: HasClasses) -> None:
     """Refuse to score a model on a data set of other classes."""
     if len(classes) != len(data.classes):
         raise SegmillError(

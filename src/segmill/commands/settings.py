@@ -224,23 +224,27 @@ KEYS: dict[str, type] = {
     "demo": DemoKeys,
 }
 
-_MODEL = {"model": "segmill.models.discriminative.Discriminative"}
+_MODEL = {"model": ("segmill.models.discriminative.Discriminative",)}
 _TRAINING = {
-    "data": "segmill.data.datamodule.SegmentationData",
-    "trainer": "segmill.commands.trainer_settings.TrainerSettings",
+    "data": (
+        "segmill.data.datamodule.SegmentationData",
+        "segmill.data.image_datamodule.ImageData",
+    ),
+    "trainer": ("segmill.commands.trainer_settings.TrainerSettings",),
 }
+_TASKS = "segmill.data.task_data.TaskData"
 _ADAPTATION = {
-    "data": "segmill.data.task_data.TaskData",
-    "model": "segmill.models.combined.CombinedModel",
-    "trainer": "segmill.commands.adapt_trainer.AdaptTrainerSettings",
+    "data": (_TASKS, "segmill.data.classification_data.ClassificationTaskData"),
+    "model": ("segmill.models.combined.CombinedModel",),
+    "trainer": ("segmill.commands.adapt_trainer.AdaptTrainerSettings",),
 }
 # Command -> group -> what its options build. An option that builds what another command wants is
 # refused by name; a class that stands in no row is the user's own and checked like any other.
-BUILDS: dict[str, dict[str, str]] = {
+BUILDS: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {**_TRAINING, **_MODEL},
     "eval": {**_TRAINING, **_MODEL},
     "bench": _MODEL,
-    "data_check": {"data": _TRAINING["data"]},
+    "data_check": {"data": ("segmill.data.datamodule.SegmentationData",)},
     "adapt": _ADAPTATION,
-    "corrupt": {"data": _ADAPTATION["data"]},
+    "corrupt": {"data": (_TASKS,)},
 }

@@ -27,7 +27,7 @@ from segmill.commands.trainer import (
     world_size,
 )
 from segmill.configuration import Invocation, build, plain
-from segmill.data.datamodule import SegmentationData
+from segmill.data.image_datamodule import TrainingData
 from segmill.errors import SegmillError
 from segmill.models.discriminative import Discriminative
 from segmill.segmenter import Segmenter, save_segmenter
@@ -41,7 +41,7 @@ class Parts:
     """What a training run is made of, built from its configuration."""
 
     segmenter: Segmenter
-    data: SegmentationData
+    data: TrainingData
     module: SegmentationModule
     settings: TrainerSettings
     weights: str
@@ -100,7 +100,7 @@ def build_parts(config: DictConfig, *, evidence: Path, start_step: int) -> Parts
     """Instantiate data, model, optimizer and module; load the weights that were asked for."""
     settings: TrainerSettings = build(config.trainer)
     protocol = build(config.protocol)
-    data: SegmentationData = build(
+    data: TrainingData = build(
         config.data,
         protocol=protocol,
         seed=config.seed,

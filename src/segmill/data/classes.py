@@ -1,9 +1,12 @@
 """Class names, colours and prompts, from CSV files: `name,red,green,blue[,prompt]` a row."""
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
+import cv2
 import numpy as np
 from jaxtyping import UInt8
 
@@ -22,6 +25,14 @@ class Classes:
     def __len__(self) -> int:
         """Number of classes, the ignored value not counted."""
         return len(self.names)
+
+
+@runtime_checkable
+class HasClasses(Protocol):
+    """A data set, whatever its task."""
+
+    name: str
+    classes: Classes
 
 
 def read_classes(source: str | Path) -> Classes:
@@ -51,6 +62,15 @@ def counted_classes(source: str | Path, num_classes: int) -> Classes:
             f"{len(classes)} classes. Set data.num_classes={len(classes)}, or correct the file."
         )
     return classes
+
+
+def coloured_classes(names: Sequence[str]) -> Classes:
+    """Classes without a file, in distinct colours."""
+    hues = (np.arange(len(names)) * 0.618034 % 1.0 * 179).astype(np.uint8)
+    full = np.full(len(names), 200, np.uint8), np.full(len(names), 220, np.uint8)
+    hsv = np.stack([hues, *full], axis=-1)
+    palette = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0].astype(np.uint8)
+    return Classes(tuple(names), palette, tuple(names))
 
 
 def _classes(rows: list[dict[str, str]], path: Path) -> Classes:

@@ -6,11 +6,10 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from torch import distributed
 from torch.utils.data import DataLoader
 
 from segmill.data.files import DataError
-from segmill.data.loader import forked_loader
+from segmill.data.loader import forked_loader, place_of_process
 from segmill.data.splits import Splits, Views, stacked
 from segmill.data.stream import Shard
 from segmill.data.transforms import TrainSample
@@ -24,8 +23,10 @@ class SegmentationData(Splits, lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Endless batches: image (B, C, H, W), label (B, H, W), valid (B, 4), jitter, name."""
-        self.require_shares(_place()[1])
-        return self._loader(self.stream(), train_batch, batch_sampler=self.batches(_place))
+        self.require_shares(place_of_process()[1])
+        return self._loader(
+            self.stream(), train_batch, batch_sampler=self.batches(place_of_process)
+        )
 
     def val_dataloader(self) -> DataLoader:
         """`eval_loader` of the validation split."""
@@ -43,7 +44,7 @@ class SegmentationData(Splits, lightning.LightningDataModule):
         return self._loader(
             Views(samples, self.protocol),
             as_tensors,
-            sampler=Shard(len(samples), _place),
+            sampler=Shard(len(samples), place_of_process),
             batch_size=None,
         )
 
@@ -67,10 +68,3 @@ def _tensors(value: Any) -> Any:
     if isinstance(value, list):
         return [_tensors(each) for each in value]
     return value
-
-
-def _place() -> tuple[int, int]:
-    """(rank, world size) of this process at this moment."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1

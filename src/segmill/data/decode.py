@@ -17,6 +17,7 @@ from segmill.data.files import DataError
 LabelFormat = Literal["index", "palette"]
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _GREY, _PALETTE = 0, 3  # colour types of a PNG header
+_DEEP = ("I", "F", "I;16", "I;16B", "I;16L")  # Pillow's modes of more than 8 bits a channel
 _RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH
 
 
@@ -30,6 +31,27 @@ def decode_image(data: bytes, where: str) -> UInt8[np.ndarray, "H W 3"]:
             "Convert it (for example with Pillow or ImageMagick) to 8 bit."
         )
     return image
+
+
+def decode_photograph(data: bytes, where: str) -> UInt8[np.ndarray, "H W 3"]:
+    """An RGB image as the loaders of torchvision and timm decode it: what classifiers learn from.
+
+    That is Pillow's `convert("RGB")`: grey and CMYK files (ImageNet has some of both) become RGB by
+    its rule, transparency is dropped, and the camera's rotation is not applied.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            if picture.mode in _DEEP:
+                raise DataError(
+                    f"The image {where} has the mode {picture.mode}; images have 8 bits a channel "
+                    "here. Convert it (for example with Pillow or ImageMagick) to 8 bit."
+                )
+            return np.array(picture.convert("RGB"))
+    except OSError as error:
+        raise DataError(
+            f"{where} ({len(data)} bytes) cannot be decoded: it is truncated, damaged or not an "
+            f"image ({error}). Copy it again from the source."
+        ) from error
 
 
 def decode_label(data: bytes, where: str, label_format: LabelFormat) -> UInt8[np.ndarray, "H W"]:

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
 
@@ -34,6 +34,13 @@ def unchanged(item: dict[str, Any]) -> dict[str, Any]:
 def channels_first(image: UInt8[np.ndarray, "H W C"]) -> UInt8[Tensor, "1 C H W"]:
     """An image as a batch of one."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)[None]))
+
+
+def place_of_process() -> tuple[int, int]:
+    """(rank, world size) of this process at this moment."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
 
 
 def _start_worker(_: int) -> None:

@@ -121,12 +121,7 @@ class Splits:
 
     def require_shares(self, world: int) -> None:
         """Refuse a global batch that `world` processes cannot share evenly."""
-        if self.batch_size % (world * self.accumulate):
-            raise DataError(
-                f"data.batch_size={self.batch_size} is global and cannot be shared by {world} "
-                f"process(es) x {self.accumulate} accumulated micro-batch(es). Set it to a "
-                f"multiple of {world * self.accumulate}."
-            )
+        require_shares(self.batch_size, world, self.accumulate)
 
     def samples(self, split: str) -> Samples:
         """The labelled samples of a split, decoded once where `cache` says so."""
@@ -141,6 +136,16 @@ class Splits:
         if split not in self._decoded:
             self._decoded[split] = InMemory(dataset, threads=max(self.workers, 1))
         return self._decoded[split]
+
+
+def require_shares(batch_size: int, world: int, accumulate: int) -> None:
+    """Refuse a global batch that `world` processes cannot share evenly."""
+    if batch_size % (world * accumulate):
+        raise DataError(
+            f"data.batch_size={batch_size} is global and cannot be shared by {world} process(es) x "
+            f"{accumulate} accumulated micro-batch(es). Set it to a multiple of "
+            f"{world * accumulate}."
+        )
 
 
 def _transform(given: Transform | None, crop: tuple[int, int], keys: dict[str, Any]) -> Transform:

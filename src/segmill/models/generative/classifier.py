@@ -8,12 +8,14 @@ validation say how well it knows the classes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, Integer
 from torch import Tensor, nn
 
+from segmill.data.labelled_image import NO_LABEL
 from segmill.data.sample import IGNORE
 from segmill.errors import SegmillError
 from segmill.models.generative.guide import Guide
@@ -35,7 +37,8 @@ class GuideClassifier(nn.Module):
     `t_range` are the shares of noise that are trained, `classes_per_image` how many of an image's
     classes (null: all), and `unconditional` the share of images trained without a class. The loss
     alone lets a network that sees the class in the noisy image ignore the one it is told;
-    `contrast` weighs a cross-entropy over the classes' errors, which does not (0: none).
+    `contrast` weighs a cross-entropy over the classes' errors, which does not (0: none). With the
+    `answer` of an image, errors are those of all its cells together and the map is one pixel.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class GuideClassifier(nn.Module):
         unconditional: float,
         contrast: float,
         read_out: ReadOut,
+        # Last and with a default, so that files of older runs still fit.
+        answer: Literal["cell", "image"] = "cell",
     ) -> None:
         super().__init__()
         shares = (*t_range, *read_out.times)
@@ -58,7 +63,7 @@ class GuideClassifier(nn.Module):
         self.guide = guide
         self.t_range, self.unconditional = t_range, unconditional
         self.classes_per_image, self.read_out = classes_per_image, read_out
-        self.contrast = contrast
+        self.contrast, self.answer = contrast, answer
 
     @property
     def backbone(self) -> nn.Module:
@@ -74,10 +79,16 @@ class GuideClassifier(nn.Module):
             self._errors(latent, classes.expand(len(latent), -1), time, generator)
             for time in self.read_out.times
         ]
-        return -torch.stack(errors).mean(dim=0)
+        logits = -torch.stack(errors).mean(dim=0)
+        return logits.sum(dim=(2, 3), keepdim=True) if self.answer == "image" else logits
 
-    def losses(self, image: Image, label: Integer[Tensor, "B H W"]) -> dict[str, Float[Tensor, ""]]:
-        """Squared error of the mean prediction under the label's classes, over labelled cells."""
+    def losses(
+        self, image: Image, label: Integer[Tensor, "B _H _W"]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Squared error of the mean prediction under the label's classes, over labelled cells.
+
+        A label of one pixel (B, 1, 1) is that of the whole image; there `NO_LABEL` is ignored.
+        """
         multiple = self.guide.view.multiple
         height, width = image.shape[2:]
         if height % multiple or width % multiple:
@@ -89,7 +100,13 @@ class GuideClassifier(nn.Module):
         low, high = self.t_range
         t = low + (high - low) * torch.rand(len(latent), device=latent.device)
         noisy_latent, target = self.guide.noisy(latent, torch.randn_like(latent), t)
-        shares = class_shares(label, self.guide.num_classes, self.guide.cell)
+        whole = label.shape[1:] == (1, 1)
+        shares = class_shares(
+            label.expand(-1, height, width) if whole else label,
+            self.guide.num_classes,
+            self.guide.cell,
+            ignore_index=NO_LABEL if whole else IGNORE,
+        )
         classes, weights, mask = self._conditions(shares)
         predicted = self.guide.predict(noisy_latent, t, classes).float()
         error = (weights[:, :, None] * predicted).sum(dim=1) - target
@@ -98,6 +115,9 @@ class GuideClassifier(nn.Module):
         if self.contrast > 0:
             # The logarithm of a Gaussian's density with variance 1, as the target's parts have.
             logits = -0.5 * (predicted - target[:, None]).square().sum(dim=2)
+            if self.answer == "image":
+                logits = logits.sum(dim=(2, 3), keepdim=True)
+                weights, mask = weights[:, :, :1, :1], mask[:, :1, :1]
             terms["guide.loss_ce"] = self.contrast * _cross_entropy(logits, weights, mask)
         return terms
 
@@ -158,12 +178,12 @@ def _cross_entropy(
 
 
 def class_shares(
-    label: Integer[Tensor, "B H W"], num_classes: int, cell: int
+    label: Integer[Tensor, "B H W"], num_classes: int, cell: int, *, ignore_index: int = IGNORE
 ) -> Float[Tensor, "B K h w"]:
     """Share of each class in the labelled pixels of a cell; 0 for all where there are none."""
     batch, height, width = label.shape
     rows, columns = height // cell, width // cell
-    known = torch.where(label == IGNORE, num_classes, label.long())
+    known = torch.where(label == ignore_index, num_classes, label.long())
     cells = known.unflatten(1, (rows, cell)).unflatten(3, (columns, cell))
     cells = cells.permute(0, 1, 3, 2, 4).reshape(batch, rows, columns, cell * cell)
     counts = torch.zeros(batch, rows, columns, num_classes + 1, device=label.device)
