@@ -118,15 +118,22 @@ def _fit(
     """One Trainer for one task."""
     module = parts.module
     module.task = task
-    if parts.is_first_process:
+    if parts.is_first_process or parts.sharing > 1:
         module.on_images = pictures.keep_for(row.name, task)
-    every = parts.settings.log_every
-    line = f"{row.name}  {task.name}"
-    images = parts.images_of(mixed=row.tta.mixed)
-    callback = TaskLog(task, first=first, images=images, every=every, loggers=loggers, line=line)
+    callback = TaskLog(
+        task,
+        first=first,
+        images=parts.images_of(mixed=row.tta.mixed),
+        processes=parts.sharing,
+        every=parts.settings.log_every,
+        loggers=loggers,
+        line=f"{row.name}  {task.name}",
+    )
     trainer = parts.settings.trainer(folder, epochs=row.tta.max_epochs, callbacks=[callback])
     loader = parts.loader(task, mixed=row.tta.mixed)
     trainer.fit(module, train_dataloaders=loader)
+    if parts.sharing > 1:
+        module.record.gather()
     return module.record.result(task=task.name, corruption=task.corruption, severity=task.severity)
 
 
@@ -144,7 +151,7 @@ def _finished(folder: Path, tasks: Sequence[Task], *, independent: bool) -> list
 def _fast_dev_run(
     parts: AdaptParts, rows: Mapping[str, Row], methods: Mapping[str, Method]
 ) -> None:
-    """One image of the first task for every method; nothing is written."""
+    """One step of the first task for every method; nothing is written."""
     with tempfile.TemporaryDirectory() as scratch:
         pictures = Pictures(Path(scratch), [], count=0, images=1)
         for row in rows.values():
@@ -152,4 +159,4 @@ def _fast_dev_run(
             task = parts.streams(mixed=row.tta.mixed)[0]
             result = _fit(row, parts, task, 0, [], pictures, Path(scratch))
             log.info("%s: loss %.4f, %.2f seconds", row.name, result.loss, result.seconds)
-    log.info("fast_dev_run: one image went through every method.")
+    log.info("fast_dev_run: one step went through every method.")

@@ -71,6 +71,7 @@ class TaskData:
             raise DataError(f"data={name} has no labels (data.label is null): nothing to score by.")
         self.name, self.classes = name, counted_classes(classes, num_classes)
         self.num_classes, self.channels, self.workers = num_classes, channels, workers
+        self.batch_size = batch_size
         self.crop, self.test_scale, self.protocol, self.seed = crop, test_scale, protocol, seed
         self.tasks = tasks_of(corruptions, severities)
         files = depth_keys(depth, depth_range, channels)

@@ -205,7 +205,7 @@ def _in_words(interval: Interval) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    digits = 3 if seconds < 1 else 2 if seconds < 10 else 1
+    digits = next((digits for digits, top in ((5, 0.01), (3, 1), (2, 10)) if seconds < top), 1)
     return f"{seconds:.{digits}f}"
 
 

@@ -32,12 +32,18 @@ class ClassificationRecord:
     def add(
         self,
         batch: dict[str, Any],
-        logits: Float[Tensor, "B K 1 1"],
+        logits: Float[Tensor, "B K h w"],
         *,
         loss: float,
         seconds: float,
     ) -> Int[Tensor, "B 1 1"]:
-        """Count a step of B images."""
+        """Count a step of B images, each of one cell of logits."""
+        if logits.shape[2:] != (1, 1):
+            raise SegmillError(
+                f"The model gives a map of {logits.shape[2]} x {logits.shape[3]} logits, and the "
+                "data set has one label for an image. Choose a classifier "
+                "(model/discriminative=classifier/NAME), or the data of a segmentation."
+            )
         label = batch["label"].flatten()
         self._require_known(batch, label)
         ranks, confidences, pred = ranked(logits.flatten(1).float(), label.clamp(min=0))

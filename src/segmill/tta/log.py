@@ -24,7 +24,8 @@ class TaskLog(Callback):
     The scores are those of the module's record: top1, top5 and ece of classification.
 
     The number grows from epoch to epoch. `first` is that of the tasks before: loggers want one step
-    that only grows. `images` are those of an epoch; `every` counts batches.
+    that only grows. `images` are those of an epoch; `every` counts batches. `processes` share the
+    images: scores are those of this process's until the end.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class TaskLog(Callback):
         *,
         first: int,
         images: int,
+        processes: int,
         every: int,
         loggers: list[Logger],
         line: str,
     ) -> None:
-        self._task, self._first, self._images, self._every = task, first, images, every
+        self._task, self._first, self._every = task, first, every
+        self._images, self._processes = images, processes
         self._loggers, self._line = loggers, line
 
     def on_train_start(
@@ -78,7 +81,8 @@ class TaskLog(Callback):
     def _write(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         assert isinstance(module, TTAModule)
         course, scores = module.record.course, module.record.scores()
-        images, loss = len(course.names), course.mean_loss()
+        images = min(len(course.names) * self._processes, self._images)
+        loss = course.mean_loss()
         seen = trainer.current_epoch * self._images + images
         values = {**scores, "loss": loss, "image": float(seen)}
         for logger in self._loggers:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int64, Integer
 from torch import Tensor, distributed
 
+from segmill.errors import SegmillError
 from segmill.evaluation import ConfusionMetric
 from segmill.inference import label_of_logits
 from segmill.metrics import scores
@@ -41,6 +42,10 @@ class Record(Protocol):
 
     def scores(self) -> dict[str, float]:
         """What is worth watching, the headline first: fractions, of all images so far."""
+        ...
+
+    def gather(self) -> None:
+        """Go on with the images of all processes, each of which had others."""
         ...
 
     def result(self, *, task: str, corruption: str, severity: int) -> TaskResult:
@@ -100,6 +105,9 @@ class Course:
         }
 
 
+SMALLEST = 64  # pixels a side; smaller images are one cell of logits of some networks
+
+
 class TaskRecord:
     """One confusion matrix of the task, and the areas of every image: one image a step.
 
@@ -129,6 +137,12 @@ class TaskRecord:
         """Count one image."""
         content = batch["image"].shape[2], batch["image"].shape[3]
         height, width = batch["label"].shape[1:]
+        if logits.shape[2:] == (1, 1) and min(content) > SMALLEST:
+            raise SegmillError(
+                "The model says one class of an image, and the data set has a label for every "
+                "pixel. Choose a segmentation model, or the data of a classification (imagenet_c, "
+                "digits_c)."
+            )
         pred = label_of_logits(logits, content, (height, width), self._protocol)
         self._image_metric.reset()
         self._image_metric.update(pred, batch["label"])
@@ -141,6 +155,10 @@ class TaskRecord:
         """mIoU of all images so far: of their summed confusion matrix, no mean over images."""
         found = scores(self._metric.confusion.cpu().numpy())
         return {self.headline: float(found[self.headline])}
+
+    def gather(self) -> None:
+        """Not called: the processes of a segmentation see the same images (step_plan.py)."""
+        raise AssertionError("the processes of a segmentation share no images")
 
     def result(self, *, task: str, corruption: str, severity: int) -> TaskResult:
         """Everything about the task as arrays."""
