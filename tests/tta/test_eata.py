@@ -47,8 +47,9 @@ def reference(model, *, lr, fisher=None):
         logits = model(views.image).flatten(1)
         if fisher is not None and number < fisher["batches"]:
             loss = F.cross_entropy(logits, logits.argmax(dim=1))
-            found = [each**2 / fisher["batches"] for each in torch.autograd.grad(loss, weights)]
-            squares = found if squares is None else [a + b for a, b in zip(squares, found, strict=True)]
+            squares = squares or [torch.zeros_like(each) for each in weights]
+            for each, gradient in zip(squares, torch.autograd.grad(loss, weights), strict=True):
+                each += gradient**2 / fisher["batches"]
             continue
         entropy, prob = Categorical(logits=logits).entropy(), logits.softmax(1).detach()
         chosen = entropy < MARGIN

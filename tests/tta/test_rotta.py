@@ -145,7 +145,7 @@ def test_student_and_predictions_are_those_of_two_models(network):
         torch.testing.assert_close(found, wanted, **CLOSE)
     before = norm_weights(tiny_combined(network).discriminative.network)
     found = norm_weights(model.discriminative.network)
-    for each, wanted, start in zip(found, weights, before, strict=True):
+    for each, wanted in zip(found, weights, strict=True):
         torch.testing.assert_close(each, wanted, **CLOSE)
     assert max((a - b).abs().max() for a, b in zip(found, before, strict=True)) > 1e-3
 

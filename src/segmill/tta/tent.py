@@ -23,6 +23,8 @@ class Tent:
     It decides itself what is updated; `model.update` and the guide have no part in it.
     """
 
+    accumulates = True
+
     def __init__(self, *, model: CombinedModel) -> None:
         self.model = model
         self._names = {name for layer in norm_layers(model) for name in layer}

@@ -82,6 +82,29 @@ def test_the_null_class_is_a_class_of_its_own():
     assert not torch.allclose(predicted[:, 0], predicted[:, 1], atol=1e-3)
 
 
+@pytest.mark.parametrize("path", ["linear", "reverse_linear"])
+def test_a_mixture_of_one_class_is_the_class(path):
+    sit = drawn(path)
+    latent = sit.encode(windows())
+    t, classes = torch.full((len(latent),), 0.3), torch.tensor([[2, 0, 1]]).expand(len(latent), -1)
+    weights = torch.tensor([[0.0, 1.0, 0.0]]).expand(len(latent), -1)
+    found = sit.predict_mixed(latent, t, classes, weights)
+    # float32: a product with the table in the place of a look-up, summed in another order.
+    expected = sit.predict(latent, t, classes[:, 1:2])[:, 0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(found, sit.predict(latent, t, classes[:, :1])[:, 0], atol=1e-3)
+
+
+def test_a_mixture_passes_the_gradient_to_its_weights():
+    sit = drawn()
+    latent = sit.encode(windows())
+    weights = torch.full((len(latent), 2), 0.5, requires_grad=True)
+    classes = torch.tensor([[0, 2]]).expand(len(latent), -1)
+    sit.predict_mixed(latent, torch.full((len(latent),), 0.3), classes, weights).sum().backward()
+    assert weights.grad is not None
+    assert weights.grad.all()
+
+
 def test_time_is_the_share_of_noise():
     made, latent = guide(), torch.randn(2, 3, 4, 8)
     noise = torch.randn_like(latent)

@@ -84,6 +84,16 @@ class DiTGuide(nn.Module):
         )
         return noise.unflatten(0, classes.shape)
 
+    def predict_mixed(
+        self,
+        noisy_latent: Latent,
+        t: Float[Tensor, " N"],
+        classes: Int64[Tensor, "N M"],
+        weights: Float[Tensor, "N M"],
+    ) -> Latent:
+        """The noise, under one condition: the weighted sum of the classes' vectors."""
+        return self.network(noisy_latent, _step(t).float(), classes, weights)
+
 
 def _step(t: Float[Tensor, " N"]) -> Int64[Tensor, " N"]:
     return (t * STEPS).round().long().clamp(max=STEPS - 1)

@@ -58,3 +58,18 @@ class Guide(Protocol):
     ) -> Float[Tensor, "N M C h w"]:
         """The prediction under each of M classes a window."""
         ...
+
+
+@runtime_checkable
+class MixingGuide(Guide, Protocol):
+    """A guide whose condition is a vector a class, so that classes can be mixed before it runs."""
+
+    def predict_mixed(
+        self,
+        noisy_latent: Float[Tensor, "N C h w"],
+        t: Float[Tensor, " N"],
+        classes: Int64[Tensor, "N M"],
+        weights: Float[Tensor, "N M"],
+    ) -> Float[Tensor, "N C h w"]:
+        """The prediction under one condition: the weighted sum of the classes' vectors."""
+        ...

@@ -88,3 +88,14 @@ class SiTGuide(nn.Module):
             classes.flatten(),
         )
         return (-velocity if self.reverse else velocity).unflatten(0, classes.shape)
+
+    def predict_mixed(
+        self,
+        noisy_latent: Latent,
+        t: Float[Tensor, " N"],
+        classes: Int64[Tensor, "N M"],
+        weights: Float[Tensor, "N M"],
+    ) -> Latent:
+        """Velocities under one condition: the weighted sum of the classes' vectors."""
+        velocity = self.network(noisy_latent, 1 - t if self.reverse else t, classes, weights)
+        return -velocity if self.reverse else velocity

@@ -60,9 +60,16 @@ class DiffusionTransformer(nn.Module):
         self._initialise()
 
     def forward(
-        self, noisy_latent: Latent, t: Float[Tensor, " N"], classes: Int64[Tensor, " N"]
+        self,
+        noisy_latent: Latent,
+        t: Float[Tensor, " N"],
+        classes: Int64[Tensor, " N"] | Int64[Tensor, "N M"],
+        weights: Float[Tensor, "N M"] | None = None,
     ) -> Latent:
-        """Velocities or noise; where a variance is predicted beside them it is left out."""
+        """Velocities or noise; where a variance is predicted beside them it is left out.
+
+        With `weights` the condition is the weighted sum of M classes' vectors.
+        """
         height, width = noisy_latent.shape[2:]
         if height % self.patch or width % self.patch:
             raise SegmillError(
@@ -73,7 +80,7 @@ class DiffusionTransformer(nn.Module):
         grid = height // self.patch, width // self.patch
         tokens = self.x_embedder(noisy_latent)
         tokens = tokens + position_code(grid, tokens.shape[2], tokens.device)
-        condition = self.t_embedder(t) + self.y_embedder(classes)
+        condition = self.t_embedder(t) + self.y_embedder(classes, weights)
         for block in self.blocks:
             tokens = block(tokens, condition)
         patches = self.final_layer(tokens, condition)
@@ -145,8 +152,17 @@ class ClassEmbedder(nn.Module):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, channels)
 
-    def forward(self, classes: Int64[Tensor, " N"]) -> Float[Tensor, "N D"]:
-        return self.embedding_table(classes)
+    def forward(
+        self,
+        classes: Int64[Tensor, " N"] | Int64[Tensor, "N M"],
+        weights: Float[Tensor, "N M"] | None = None,
+    ) -> Float[Tensor, "N D"]:
+        if weights is None:
+            return self.embedding_table(classes)
+        # One product with the table, however many classes: no vectors of each are gathered.
+        table = self.embedding_table.weight
+        shares = weights.new_zeros(len(weights), len(table)).scatter_add(1, classes, weights)
+        return shares.to(table.dtype) @ table
 
 
 class Block(nn.Module):
