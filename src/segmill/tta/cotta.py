@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from segmill.errors import SegmillError
 from segmill.models.combined import DISCRIMINATIVE, CombinedModel
 from segmill.tta.method import Updater, Views
-from segmill.tta.weight_sets import WeightSet, in_place, shard_like
+from segmill.tta.weight_sets import WeightSet, return_some
 
 
 class CoTTA:
@@ -69,9 +69,9 @@ class CoTTA:
         updater.backward(loss)
         updater.step()
         parameters = self.parameters_to_update()
-        _, teacher = self._weights(parameters)
+        source, teacher = self._weights(parameters)
         teacher.follow(parameters, momentum=self.momentum)
-        self._restore(parameters, generator)
+        return_some(parameters, source, share=self.restore, generator=generator)
         return teacher_logits, loss.detach()
 
     @torch.no_grad()
@@ -110,7 +110,7 @@ class CoTTA:
             if self.flip:  # not in one batch: each view has BatchNorm statistics of its own
                 probs.append(self._prob(scaled.flip(dims=(3,)), size).flip(dims=(3,)))
         plain = probs[self.ratios.index(1) * (2 if self.flip else 1)]
-        return plain, torch.cat(probs).mean(dim=0, keepdim=True)
+        return plain, torch.stack(probs).mean(dim=0)
 
     def _prob(
         self, view: UInt8[Tensor, "B C H W"] | Float[Tensor, "B C H W"], size: tuple[int, int]
@@ -131,15 +131,3 @@ class CoTTA:
         )
         # As OpenCV's bilinear, which has no antialiasing either.
         return F.interpolate(image.float(), (height, width), mode="bilinear", align_corners=False)
-
-    @torch.no_grad()
-    def _restore(self, parameters: dict[str, nn.Parameter], generator: torch.Generator) -> None:
-        """Let each weight return to the source with a small probability."""
-        source, _ = self._weights(parameters)
-        for (name, parameter), own in zip(
-            parameters.items(), in_place(parameters).values(), strict=True
-        ):
-            # The whole weight's numbers, of which a shard takes its own.
-            drawn = torch.rand(parameter.shape, generator=generator, device=generator.device)
-            chosen = shard_like(drawn < self.restore, parameter)
-            own.copy_(torch.where(chosen, source[name], own))

@@ -69,3 +69,17 @@ def shard_like(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
         return tensor.to(parameter.device)
     mesh, placements = parameter.device_mesh, parameter.placements
     return distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()
+
+
+@torch.no_grad()
+def return_some(
+    parameters: Parameters, source: WeightSet, *, share: float, generator: torch.Generator
+) -> None:
+    """Let each weight return to the source's with the probability `share`."""
+    for (name, parameter), own in zip(
+        parameters.items(), in_place(parameters).values(), strict=True
+    ):
+        # The whole weight's numbers, of which a shard takes its own.
+        drawn = torch.rand(parameter.shape, generator=generator, device=generator.device)
+        chosen = shard_like(drawn < share, parameter)
+        own.copy_(torch.where(chosen, source[name], own))
