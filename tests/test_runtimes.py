@@ -13,8 +13,6 @@ import cv2
 import numpy as np
 import pytest
 
-from segmill.checkpoint.read import read_checkpoint
-
 ROOT = Path(__file__).resolve().parents[1]
 JITTOR = ROOT / ".cache" / "jittor" / "venv" / "bin" / "python"
 BOTH = ("torch", "jittor")
@@ -117,10 +115,8 @@ def test_a_run_goes_on_in_the_other_runtime(first: str, place: Path):
     run = train(first, f"crossed_{first}", *steady, *length, place=place)
     segmill(second, "train", f"resume={run}", "trainer.max_steps=4", place=place)
     whole = train(first, f"alone_{first}", *steady, *length, "trainer.max_steps=4", place=place)
-    assert len(losses(run)) == 2
-    # AdamW moves a weight whose gradient is rounding noise by its whole rate, in either direction.
-    np.testing.assert_allclose(losses(run), losses(whole)[2:], atol=2e-3, rtol=0)
-    crossed, alone = (read_checkpoint(each / "model.safetensors") for each in (run, whole))
-    assert crossed.keys() == alone.keys()
-    name = "decode_head.conv_seg.weight"
-    np.testing.assert_allclose(crossed[name], alone[name], atol=1e-5)
+    # The same weights, batch and draws: rounding alone. After one more step AdamW has moved every
+    # weight whose gradient is rounding noise by its whole rate, in either direction.
+    (next_loss, last_loss), (_, _, expected, last) = losses(run), losses(whole)
+    assert next_loss == pytest.approx(expected, abs=2.5e-5)
+    assert last_loss == pytest.approx(last, abs=2e-3)
