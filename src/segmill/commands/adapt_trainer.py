@@ -68,11 +68,6 @@ class AdaptTrainerSettings:
         devices = self._devices
         return (devices if isinstance(devices, int) else len(devices)) * self.nodes
 
-    @property
-    def trial_images(self) -> int:
-        """Images of fast_dev_run: one, or one for each process."""
-        return self.processes if self.share == "images" else 1
-
     def trainer(self, folder: Path, *, epochs: int, callbacks: list[Callback]) -> lightning.Trainer:
         """A Trainer for one task; without checkpoints, as every task starts from the source."""
         quiet_lightning()

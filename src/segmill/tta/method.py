@@ -16,12 +16,14 @@ class Views:
 
     `image` is resized by the evaluation protocol, for the discriminative model; `original` has the
     file's size, and the guide resizes it for itself. `seeds`, one for each image, are for what is
-    drawn for it alone; without them it is drawn as the step's own draws are.
+    drawn for it alone; without them it is drawn as the step's own draws are. `weight` is what their
+    mean loss counts in the step, where several batches make one.
     """
 
     image: UInt8[Tensor, "B C H W"]
     original: UInt8[Tensor, "B C _H _W"]
     seeds: tuple[int, ...] = ()
+    weight: float = 1.0
 
     def generators(self, of_step: torch.Generator) -> Generators:
         """Of the images' own draws, so that these do not depend on the others in the batch."""
@@ -78,7 +80,7 @@ class Method(Protocol):
 class Accumulates(Protocol):
     """A method whose step may wait for further batches, and for other processes' images.
 
-    Its loss is a mean over the images. `adapt` asks for one step at most, after its last
+    What it gives to `backward` is `views.weight` times the mean over the images. `adapt` asks for one step at most, after its last
     `backward`, never for `zero_grad` or `forget`, and does the same whether or not the weights have
     changed when `step` returns.
     """

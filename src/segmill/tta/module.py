@@ -169,10 +169,11 @@ class TTAModule(lightning.LightningModule):
             rank=self.global_rank if shared else 0,
             processes=world_size() if shared else 1,
         )
-        averaged = list(self.method.parameters_to_update().values())
-        averaged = averaged if shared and self.strategy_name == "ddp" else []
+        updated = list(self.method.parameters_to_update().values())
+        averages = shared and self.strategy_name == "ddp"
         gathers = accumulates(self.method) and (shared or self.accumulate > 1)
-        self._updater = (GatheringUpdater if gathers else DirectUpdater)(self, averaged)
+        updater = GatheringUpdater if gathers else DirectUpdater
+        self._updater = updater(self, updated if averages else [])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Adapt to a batch, and count its predictions from before (or after) the update."""
@@ -180,13 +181,16 @@ class TTAModule(lightning.LightningModule):
         plan, updater = self.plan, self._updater
         own = plan.own(batch_idx)
         seeds = tuple(self._draw_seeds(position)[0] for position in own)
-        views = Views(image=batch["image"], original=batch["original"], seeds=seeds)
+        views = Views(
+            image=batch["image"],
+            original=batch["original"],
+            seeds=seeds,
+            weight=plan.factor(batch_idx) if isinstance(updater, GatheringUpdater) else 1.0,
+        )
         # What is drawn for the step, for its weights above all, is the same on every process.
         step_seed, _ = self._draw_seeds(plan.batches[batch_idx].start)
         generator = torch.Generator(self.device).manual_seed(step_seed)
         with draws_from(self._draw_seeds(own.start)[1], self.device):
-            if isinstance(updater, GatheringUpdater):
-                updater.factor = plan.factor(batch_idx)
             logits, loss = self.method.adapt(views, updater, generator)
             if isinstance(updater, GatheringUpdater) and plan.ends_step(batch_idx):
                 updater.finish()

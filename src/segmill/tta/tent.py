@@ -42,7 +42,7 @@ class Tent:
         """Learn from a batch."""
         logits = self.model.discriminative(views.image)
         loss = pixel_entropy(logits).mean()
-        updater.backward(loss)
+        updater.backward(loss * views.weight)
         updater.step()
         return logits.detach(), loss.detach()
 

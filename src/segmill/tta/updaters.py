@@ -53,17 +53,16 @@ class DirectUpdater:
 class GatheringUpdater:
     """For methods that accumulate: gradients of several batches, and processes, make one step.
 
-    `factor` is what the present batch's loss counts in the step. A method's step is taken by
-    `finish`, if it asked for one.
+    `finish` takes the step, if the method has asked for one since the last. `averaged` as above,
+    but once a step.
     """
 
     def __init__(self, module: LightningModule, averaged: Sequence[nn.Parameter]) -> None:
         self._direct, self._averaged = DirectUpdater(module, []), averaged
         self._asked = False
-        self.factor = 1.0
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
-        self._direct.backward(loss * self.factor)
+        self._direct.backward(loss)
 
     def step(self) -> None:
         self._asked = True
@@ -75,7 +74,7 @@ class GatheringUpdater:
         raise AssertionError("a method that accumulates never starts its optimizer anew")
 
     def finish(self) -> None:
-        """The step of all batches since the last one."""
+        """After the last batch of a step."""
         if self._asked:
             average_gradients(self._averaged)
             self._direct.step()

@@ -44,7 +44,7 @@ def adapt_by_windows(
     for group in groups:
         logits, windows = _windows(model, views, noisy, draws)
         first = logits.detach() if first is None else first
-        losses += _accumulate(model, windows.part(group), updater, backward)
+        losses += _accumulate(model, windows.part(group), updater, backward, views.weight)
         if model.updates_discriminative or model.updates_generative:
             updater.step()
             # Autocast would go on with the weights' copies from before the step.
@@ -63,15 +63,15 @@ def _windows(
 
 
 def _accumulate(
-    model: CombinedModel, windows: Windows, updater: Updater, backward: Backward
+    model: CombinedModel, windows: Windows, updater: Updater, backward: Backward, weight: float
 ) -> list[Float[Tensor, " n"]]:
-    """Gradients of the mean of the windows' losses; returns the losses, part by part."""
+    """Gradients of `weight` times the mean of the windows' losses; returns these, part by part."""
     leaf = windows.weights.detach().requires_grad_(model.updates_discriminative)
     at_once = model.loss.windows_at_once
     if at_once == "processes":
         at_once = model.split.size
     parts = replace(windows, weights=leaf).parts(at_once)
-    losses = [backward(part, updater, 1 / len(windows.widths)) for part in parts]
+    losses = [backward(part, updater, weight / len(windows.widths)) for part in parts]
     if leaf.grad is not None:
         updater.backward((windows.weights * leaf.grad).sum())
     return losses
