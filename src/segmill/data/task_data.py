@@ -1,6 +1,5 @@
 """TaskData: the corrupted images of every task as a stream of single images."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +17,8 @@ from segmill.data.folder import FolderDataset, depth_keys
 from segmill.data.frost_textures import load_frost
 from segmill.data.loader import channels_first, forked_loader, unchanged
 from segmill.data.sample import Sample
-from segmill.data.stream import shuffled
 from segmill.data.task_folders import CorruptedWhileRead, TaskFolders
+from segmill.data.task_order import order_hash, task_places
 from segmill.data.tasks import Task, tasks_of
 from segmill.protocol import Protocol
 from segmill.tta.record import TaskRecord
@@ -120,22 +119,16 @@ class TaskData:
 
     def order_hash(self) -> str:
         """Twelve hex digits of the names of all tasks, in the order they are seen in."""
-        digest = hashlib.sha256()
-        for task in self.tasks:
-            samples = self._samples[task]
-            names = [samples.name(index) for _, index in self._places([task], None).tolist()]
-            digest.update("\n".join([task.name, *names, ""]).encode())
-        return digest.hexdigest()[:12]
+        return order_hash(
+            (task.name, [self._samples[task].name(index) for _, index in places.tolist()])
+            for task in self.tasks
+            for places in [self._places([task], None)]
+        )
 
     def _places(self, tasks: Sequence[Task], limit: int | None) -> Int[np.ndarray, "N 2"]:
         """(position in `tasks`, index of the sample) of every item."""
-        parts = []
-        for position, task in enumerate(tasks):
-            length = len(self._samples[task])
-            order = _permutation(length, self.seed)[:limit]
-            parts.append(np.stack([np.full(len(order), position), order], axis=1))
-        places = np.concatenate(parts)
-        return places if len(tasks) == 1 else places[_permutation(len(places), self.seed)]
+        lengths = [len(self._samples[task]) for task in tasks]
+        return task_places(lengths, limit=limit, seed=self.seed)
 
     def _on_the_fly(self, frost_dir: str | Path | None) -> dict[Task, TaskSamples]:
         for task in self.tasks:
@@ -196,10 +189,6 @@ def task_item(sample: Sample, task: Task, protocol: Protocol) -> dict[str, Any]:
         "size": sample.label.shape,
         "task": task.index,
     }
-
-
-def _permutation(length: int, seed: int) -> Int[np.ndarray, " N"]:
-    return np.array([shuffled(position, length, seed) for position in range(length)], np.int64)
 
 
 def _names(samples: TaskSamples) -> set[str]:
