@@ -23,6 +23,12 @@ from tiny_methods import (
 SETTINGS = {
     "tent": {},
     "sar": {"recover_below": 0.3, "memory": 0.0},
+    "eata": {
+        "entropy_share": 0.7,
+        "redundancy": 0.9,
+        "fisher": {"_target_": "segmill.tta.fisher.Fisher", "images": 1, "strength": 5.0},
+    },
+    "memo": {"copies": 4},
     "cotta": {"ratios": [1.0, 1.5], "multiple": 8, "momentum": 0.5, "restore": 0.3},
 }
 NETWORKS: dict[str, type[nn.Module]] = {"batch": BatchNormNet, "layer": LayerNormNet}

@@ -77,7 +77,8 @@ def _cropped(picture: Image, rng: np.random.Generator) -> Image:
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < across <= width and 0 < down <= height:
-            left, top = rng.integers(width - across + 1), rng.integers(height - down + 1)
+            left = float(rng.integers(width - across + 1))
+            top = float(rng.integers(height - down + 1))
             box = (left, top, left + across, top + down)
             return picture.resize(picture.size, Pillow.Resampling.BILINEAR, box=box)
     return picture

@@ -45,9 +45,7 @@ class DiffusionTTA:
                 "a DiT with model/generative=NAME, or another method: tta=dusa takes any guide."
             )
         counts = [each for each in (steps, draws, topk, draws_at_once) if each is not None]
-        if min(counts) < 1 or not (
-            0 <= timestep_range[0] <= timestep_range[1] <= 1
-        ):
+        if min(counts) < 1 or not (0 <= timestep_range[0] <= timestep_range[1] <= 1):
             raise SegmillError(
                 f"tta.method: steps={steps}, draws={draws}, draws_at_once={draws_at_once} and "
                 f"topk={topk} should be above 0 (the last two may be null), and timestep_range="
@@ -121,6 +119,7 @@ class DiffusionTTA:
             values = logits.float().flatten(1)
             if classes is None:
                 classes = values.topk(self.topk or values.shape[1], dim=1).indices
+            assert classes is not None
             weights = values.gather(1, classes).softmax(dim=1)
             leaf = weights.detach().requires_grad_()
             losses.append(self._denoise(latent, classes, leaf, updater, generator))

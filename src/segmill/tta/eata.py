@@ -3,9 +3,9 @@
 Paper:   Niu et al., "Efficient Test-Time Model Adaptation without Forgetting", ICML 2022,
          https://arxiv.org/abs/2204.02610
 Follows: the paper and its public code, whose numbers are in configs/tta/eata.yaml. Without a
-         Fisher penalty it is what the paper calls ETA, and needs no clean images; `fisher` takes
-         the first images of the stream in their place. For segmentation a pixel is what an image
-         is there.
+         Fisher penalty it is what the paper calls ETA, and needs no clean images; `fisher`
+         (configs/tta/eata_fisher.yaml) takes the first images of the stream in their place. For
+         segmentation a pixel is what an image is there.
 """
 
 import math
