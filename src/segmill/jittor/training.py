@@ -68,7 +68,6 @@ class Evaluation:
 
     def run(self, items: Iterable[Mapping[str, Any]]) -> None:
         """Predict and count every image."""
-        self.model.eval()
         for item in items:
             pred = predict(self.model, item["inputs"], item["size"], self.protocol, item["index"])
             counts = confusion_with_misses(
@@ -91,6 +90,7 @@ def predict(
     index: int,
 ) -> Integer[np.ndarray, "1 H W"]:
     """Classes of one image at `size`; its random draws follow from `index` (segmill.seeds)."""
+    model.eval()
     before = random.state()
     random.seed(image_seed(index))
     images = [model.normalise(image) for image in inputs]
