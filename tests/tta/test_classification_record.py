@@ -128,6 +128,12 @@ def test_a_label_outside_the_classes_is_refused_by_name() -> None:
         )
 
 
+def test_a_map_of_logits_is_refused() -> None:
+    batch = {"label": torch.zeros(1, 1, 1, dtype=torch.int64), "name": ["a"]}
+    with pytest.raises(SegmillError, match="a map of 2 x 3 logits, and the data set has one label"):
+        record().add(batch, torch.zeros(1, 8, 2, 3), loss=0.0, seconds=0.0)
+
+
 def test_what_processes_saw_is_put_together_in_the_streams_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -60,7 +60,9 @@ def adapt(folder: Path, loggers: list[Any], *, every: int, epochs: int = 1) -> T
         module.task = task
         line = f"source  {task.name}"
         first = 5 * epochs * number
-        callback = TaskLog(task, first=first, images=5, processes=1, every=every, loggers=loggers, line=line)
+        callback = TaskLog(
+            task, first=first, images=5, processes=1, every=every, loggers=loggers, line=line
+        )
         trainer = ONE_CPU.trainer(folder, epochs=epochs, callbacks=[callback])
         trainer.fit(module, train_dataloaders=batches(5))
     return module

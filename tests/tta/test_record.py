@@ -87,3 +87,10 @@ def test_a_label_outside_the_classes_is_refused() -> None:
     found = record()
     with pytest.raises(SegmillError, match="the value 77"):
         found.add(batch, logits, loss=0.0, seconds=0.0)
+
+
+def test_one_class_for_a_whole_image_is_refused() -> None:
+    label = torch.zeros(1, 96, 96, dtype=torch.uint8)
+    batch = {"image": torch.zeros(1, 3, 96, 96, dtype=torch.uint8), "label": label, "name": "a"}
+    with pytest.raises(SegmillError, match="Choose a segmentation model"):
+        record().add(batch, torch.zeros(1, CLASSES, 1, 1), loss=0.0, seconds=0.0)

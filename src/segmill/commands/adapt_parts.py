@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +14,18 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader
 
-from segmill.checkpoint.choose import RUN_WEIGHTS
-from segmill.checkpoint.load import find_file, load_weights
+from segmill.checkpoint.load import load_weights
+from segmill.commands.adapt_refusals import (
+    RANDOM,
+    refuse_channels,
+    refuse_missing,
+    refuse_protocol,
+    refuse_two_models,
+)
 from segmill.commands.adapt_rows import Row
 from segmill.commands.adapt_trainer import AdaptTrainerSettings
 from segmill.configuration import build
+from segmill.data.classification_data import ClassificationTaskData
 from segmill.data.task_data import TaskData
 from segmill.data.tasks import Task
 from segmill.errors import SegmillError
@@ -29,16 +36,17 @@ from segmill.segmenter import open_segmenter
 from segmill.tta.method import Method
 from segmill.tta.module import TTAModule
 
+log = logging.getLogger(__name__)
+
+AnyTaskData = TaskData | ClassificationTaskData
 MIXED = Task(index=1, corruption="mixed", severity=0)
-RANDOM = "random"
-WITHOUT = "Methods without a guide (source, bn, tent, sar, cotta) run with model.generative=null."
 
 
 @dataclass(frozen=True)
 class AdaptParts:
     """Data, models and the module that adapts them."""
 
-    data: TaskData
+    data: AnyTaskData
     model: CombinedModel
     module: TTAModule
     settings: AdaptTrainerSettings
@@ -58,11 +66,25 @@ class AdaptParts:
         count = len(self.data.dataset(self.data.tasks[0]))
         return count if self.limit is None else min(self.limit, count)
 
+    @property
+    def sharing(self) -> int:
+        """Processes that have other images each."""
+        return self.settings.processes if self.settings.share == "images" else 1
+
+    @property
+    def effective_batch(self) -> int:
+        """Images of an optimizer step."""
+        return self.data.batch_size * self.settings.accumulate * self.sharing
+
+    @property
+    def _limit(self) -> int | None:
+        return self.effective_batch if self.settings.fast_dev_run else self.limit
+
     def images_of(self, *, mixed: bool) -> int:
         """Images of each stream."""
-        if self.settings.fast_dev_run:
-            return len(self.data.tasks) if mixed else 1
-        return self.images * (len(self.data.tasks) if mixed else 1)
+        count = len(self.data.dataset(self.data.tasks[0]))
+        each = count if self._limit is None else min(self._limit, count)
+        return each * (len(self.data.tasks) if mixed else 1)
 
     def streams(self, *, mixed: bool) -> list[Task]:
         """What is adapted to, one after the other: the tasks, or all of them as one."""
@@ -74,8 +96,10 @@ class AdaptParts:
 
     def loader(self, task: Task, *, mixed: bool) -> DataLoader:
         """The images of a task, of all tasks shuffled together when `mixed`."""
-        limit = 1 if self.settings.fast_dev_run else self.limit
-        return self.data.loader(self.data.tasks if mixed else [task], limit=limit)
+        tasks = self.data.tasks if mixed else [task]
+        if isinstance(self.data, TaskData):
+            return self.data.loader(tasks, limit=self._limit)
+        return self.data.loader(tasks, limit=self._limit, share=self.settings.share)
 
     def methods(self, rows: Mapping[str, Row]) -> dict[str, Method]:
         """The rows' methods; what one of them cannot work with is refused before the first runs."""
@@ -101,6 +125,20 @@ class AdaptParts:
         self.model.update = build(row.config.model["update"])  # .update is a method of mappings
         self.model.loss = build(row.config.model.loss)
 
+    @property
+    def batch(self) -> str:
+        """How many images make an optimizer step, in words."""
+        if self.effective_batch == 1:
+            return "one image a step"
+        factors = {
+            "a batch": self.data.batch_size,
+            "accumulated": self.settings.accumulate,
+            "processes": self.sharing,
+        }
+        several = [f"{count} {name}" for name, count in factors.items() if count > 1]
+        product = f" ({' x '.join(several)})" if len(several) > 1 else ""
+        return f"effective batch {self.effective_batch}{product}"
+
     def summary(self) -> str:
         """What runs where, in two lines."""
         discriminative = _count(self.model.discriminative)
@@ -109,7 +147,8 @@ class AdaptParts:
         place = f"{self.settings.processes} x {'GPU' if self.settings.on_gpu else 'CPU'}"
         return (
             f"Model {discriminative:,} parameters, {guided}, {place}, {self.settings.precision}.\n"
-            f"{len(self.data.tasks)} tasks of {self.images} images, order {self.data.order_hash()}."
+            f"{len(self.data.tasks)} tasks of {self.images} images, "
+            f"order {self.data.order_hash()}; {self.batch}."
         )
 
 
@@ -117,16 +156,14 @@ def build_adapt_parts(config: DictConfig) -> AdaptParts:
     """Build everything; what is missing on this machine is said all at once."""
     settings: AdaptTrainerSettings = build(config.trainer)
     protocol: Protocol = build(config.protocol)
-    if protocol.pad_divisor is not None:
-        raise SegmillError(
-            f"protocol.pad_divisor={protocol.pad_divisor}: adaptation takes images as they are. "
-            "Set protocol.pad_divisor=null, or protocol.multiple to stretch them."
-        )
+    refuse_protocol(protocol)
     if config.limit is not None and config.limit < 1:
         raise SegmillError(f"limit={config.limit} should be 1 or more images, or null for all.")
     guided = config.tta.forward_mode == "tta" and config.model.generative is not None
-    _refuse_missing(config, guided=guided)
-    data: TaskData = build(config.data, protocol=protocol, seed=config.seed)
+    refuse_two_models(config)
+    refuse_channels(config)
+    refuse_missing(config, guided=guided)
+    data: AnyTaskData = build(config.data, protocol=protocol, seed=config.seed)
     extra: dict[str, Any] = {"discriminative": _discriminative(config, data)}
     if not guided:
         extra["generative"] = None
@@ -160,59 +197,19 @@ def _chosen(config: DictConfig, count: int) -> tuple[int, ...] | None:
     return chosen
 
 
-def _refuse_missing(config: DictConfig, *, guided: bool) -> None:
-    """Data, weights and guide are looked for together: one answer instead of three tries."""
-    missing: list[str] = []
-
-    def look(check: Callable[[], Any]) -> None:
-        try:
-            check()
-        except SegmillError as error:
-            missing.append(str(error))
-
-    look(lambda: build(config.data, protocol=build(config.protocol), seed=config.seed))
-    if config.run is not None:
-        look(lambda: _require_run(Path(config.run)))
-    elif config.weights is None:
-        missing.append(
-            "There is no model to adapt: give run=runs/NAME, or weights=FILE for "
-            "model/discriminative=NAME."
-        )
-    elif config.weights != RANDOM:
-        look(lambda: _require_file(find_file(config.weights)))
-    if guided:
-        node = config.model.generative
-        target: Any = build({"_target_": node["_target_"], "_partial_": True}).func
-        absent = target.missing(**{k: v for k, v in node.items() if k != "_target_"})
-        missing += absent
-        if absent:
-            missing[-1] += f" {WITHOUT}"
-    if len(missing) == 1:
-        raise SegmillError(missing[0])
-    if missing:
-        lines = "\n".join(f"  {number}. {each}" for number, each in enumerate(missing, start=1))
-        raise SegmillError(
-            f"{len(missing)} things are missing here; nothing was started. What to do:\n{lines}"
-        )
-
-
-def _require_run(path: Path) -> None:
-    if not (path / RUN_WEIGHTS if path.is_dir() else path).is_file():
-        open_segmenter(path)  # says what is wrong with it
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise SegmillError(f"weights={path} does not exist (seen from {Path.cwd()}).")
-
-
-def _discriminative(config: DictConfig, data: TaskData) -> Discriminative:
+def _discriminative(config: DictConfig, data: AnyTaskData) -> Discriminative:
     if config.run is not None:
         segmenter = open_segmenter(config.run)
         if len(segmenter.classes) != len(data.classes):
             raise SegmillError(
                 f"run={config.run} has {len(segmenter.classes)} classes, data={data.name} has "
                 f"{len(data.classes)}. Choose the data set that the model was trained for."
+            )
+        if data.channels == 4 and segmenter.depth_range != data.depth_range:
+            log.warning(
+                "run=%s was trained with data.depth_range=%s, data=%s has %s: the same distance is "
+                "another value for the model. Set data.depth_range, unless that is meant.",
+                *(config.run, _listed(segmenter.depth_range), data.name, _listed(data.depth_range)),
             )
         return segmenter.model
     model: Discriminative = build(config.model.discriminative)
@@ -237,6 +234,10 @@ def _draw(network: nn.Module) -> None:
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
                 fan_in = parameter[0].numel()
                 parameter.normal_(0.0, fan_in**-0.5, generator=generator)
+
+
+def _listed(span: tuple[float, float] | None) -> str:
+    return "null" if span is None else str([*span])
 
 
 def _count(module: nn.Module) -> int:

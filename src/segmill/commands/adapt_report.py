@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from segmill.commands.adapt_parts import AdaptParts
 from segmill.commands.adapt_pictures import Pictures
 from segmill.commands.run_folder import environment
+from segmill.data.task_data import TaskData
 from segmill.report.adaptation import write_adaptation_report
 from segmill.report.comparison import print_table, write_csv
 from segmill.report.examples import BeforeAfter
@@ -47,13 +48,17 @@ def _facts(folder: Path, parts: AdaptParts, config: DictConfig) -> dict[str, str
     """Everything that says what the numbers are."""
     tta = config.tta
     setting = "mixed" if tta.mixed else "continual" if tta.continual else "reset for every task"
+    scored = "top-1, top-5, expected calibration error of 15 bins of equal width"
+    if isinstance(parts.data, TaskData):
+        scored = json.dumps(parts.protocol.stamp())
     model = config.run or f"{config.model_name} weights={config.weights}"
     return {
         "model": f"{model}; {parts.summary().splitlines()[0]}",
         "data": f"{parts.data.name}, {len(parts.data.tasks)} tasks of {parts.images} images, "
         f"order {parts.data.order_hash()}",
         "setting": f"{setting}; predictions from {tta.predict} the update; seed {config.seed}",
-        "protocol": json.dumps(parts.protocol.stamp()),
+        "batch": parts.batch,
+        "protocol": scored,
         "commit": _read(folder / "commit.txt"),
         "environment": "; ".join(environment()),
     }
