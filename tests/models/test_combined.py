@@ -170,3 +170,42 @@ def test_class_chunks_cover_all_classes_in_order():
     assert torch.equal(torch.cat([*chunks], dim=1), windows.classes)
     model.loss = tiny_loss(class_chunk=None)
     assert len(model.class_chunks(windows)) == 1
+
+
+def test_what_is_drawn_for_an_image_does_not_depend_on_the_others_in_its_batch():
+    model = tiny_model(timestep_range=(0.1, 0.9), classes_threshold=3)
+    views = [tiny_views(40, 88, seed=seed) for seed in range(3)]
+    images = torch.cat([each.original for each in views])
+
+    def windows(image: torch.Tensor, *seeds: int):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noisy = model.noisy_windows(image, generators)
+        return model.weighted_windows(model(image), noisy, generators)
+
+    together = windows(images, 7, 8, 9)
+    assert len(together.t) == 3 * 4
+    for index in range(3):
+        alone, part = windows(images[index : index + 1], 7 + index), slice(4 * index, 4 * index + 4)
+        assert torch.equal(together.t[part], alone.t)
+        assert torch.equal(together.noisy_latent[part], alone.noisy_latent)
+        assert torch.equal(together.classes[part, :3], alone.classes[:, :3])
+
+
+def test_one_generator_draws_for_one_image_what_its_own_would():
+    model, views = tiny_model(timestep_range=(0.1, 0.9)), tiny_views(40, 88)
+    one = model.noisy_windows(views.original, torch.Generator().manual_seed(3))
+    own = model.noisy_windows(views.original, [torch.Generator().manual_seed(3)])
+    assert torch.equal(one.noisy_latent, own.noisy_latent)
+
+
+def test_the_weights_of_a_classifier_hold_for_all_cells():
+    model = tiny_model(view=(32, None, None), topk=2, min_classes=3, fill="softmax")
+    image, generator = tiny_views(32, 32).original.expand(2, -1, -1, -1), torch.Generator()
+    noisy = model.noisy_windows(image, generator)
+    logits = torch.randn(2, 7, 1, 1)
+    windows = model.weighted_windows(logits, noisy, generator)
+    assert windows.weights.shape == (2, 3, 4, 4)
+    assert windows.mask.shape == (2, 4, 4)
+    assert windows.mask.all()
+    expected = model.loss.scaled(logits)[0, windows.classes[0], 0, 0].softmax(dim=0)
+    torch.testing.assert_close(windows.weights[0, :, 2, 3], expected)

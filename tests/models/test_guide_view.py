@@ -112,3 +112,22 @@ def test_sizes_that_do_not_fit_are_refused_by_name(keys, named):
 def test_a_cell_that_does_not_divide_the_window_is_refused():
     with pytest.raises(SegmillError, match="latent cells of 12"):
         SQUARE.sample(torch.rand(1, 5, 8, 8), size=(32, 32), cell=12)
+
+
+@pytest.mark.parametrize("view", [SQUARE, WHOLE])
+def test_the_windows_of_a_batch_are_those_of_its_images_side_by_side(view):
+    images, logits = torch.rand(3, 3, 40, 77) * 255, torch.rand(3, 5, 10, 20)
+    size = view.size(40, 77)
+    each = [view.windows(image[None]) for image in images]
+    assert torch.equal(view.windows(images), torch.cat(each))
+    each = [view.sample(one[None], size=size, cell=8) for one in logits]
+    assert torch.equal(view.sample(logits, size=size, cell=8), torch.cat(each))
+
+
+def test_logits_of_one_pixel_are_the_same_in_all_cells_and_stay_one_pixel():
+    logits = torch.rand(2, 5, 1, 1)
+    sampled = SQUARE.sample(logits, size=(32, 60), cell=8)
+    many = SQUARE.sample(logits.expand(-1, -1, 2, 2), size=(32, 60), cell=8)
+    assert sampled.shape == (len(many), 5, 1, 1)
+    # The weights of a bilinear sample add up to 1 but for rounding.
+    torch.testing.assert_close(sampled.expand_as(many), many, rtol=1e-6, atol=0)

@@ -193,6 +193,8 @@ def test_times_are_drawn_within_their_range_and_a_range_of_one_value_is_that_val
         ({"temperature": 0.0}, "temperature"),
         ({"class_chunk": 0}, "class_chunk"),
         ({"buckets": (0, 4)}, "buckets"),
+        ({"cosine": -1.0}, r"model\.loss\.mse=1.0, norm_l2=0.0 and cosine=-1.0"),
+        ({"mse": 0.0}, r"model\.loss\.mse=0.0"),
         ({"min_classes": 21}, "model.loss.min_classes=21"),
         ({"timestep_range": (0.5, 0.2)}, "model.loss.timestep_range"),
         ({"timestep_range": (0.5, 100.0)}, "model.loss.timestep_range"),
@@ -201,3 +203,40 @@ def test_times_are_drawn_within_their_range_and_a_range_of_one_value_is_that_val
 def test_settings_without_a_meaning_are_refused_by_name(keys, named):
     with pytest.raises(SegmillError, match=named):
         tiny_loss(**keys)
+
+
+def test_normalised_error_and_cosine_are_their_formulas():
+    _, predictions, target, sets = some_windows()
+    predicted = predictions[:, 0].clone().requires_grad_()
+    mask = torch.ones_like(sets.mask)
+    loss = tiny_loss(mse=0.0, norm_l2=2.0, cosine=0.5).losses(predicted, target, mask).mean()
+    found = torch.autograd.grad(loss, predicted)[0]
+    error = (predicted - target).square().mean(dim=(1, 2, 3))
+    held = (error.detach() + 1e-3).sqrt()
+    ours, theirs = predicted.flatten(1), target.flatten(1)
+    cosine = (ours * theirs).sum(dim=1) / (ours.norm(dim=1) * theirs.norm(dim=1))
+    expected = 2 * (error / held).mean() + 0.5 * (1 - cosine).mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, predicted)[0])
+
+
+def test_the_terms_add_up_and_plain_mse_is_the_default():
+    _, predictions, target, sets = some_windows()
+    arguments = (predictions[:, 0], target, sets.mask)
+
+    def value(**terms: float) -> torch.Tensor:
+        return tiny_loss(**terms).losses(*arguments)
+
+    plain, norm, cosine = value(), value(mse=0.0, norm_l2=1.0), value(mse=0.0, cosine=1.0)
+    torch.testing.assert_close(
+        value(mse=0.5, norm_l2=2.0, cosine=3.0), 0.5 * plain + 2 * norm + 3 * cosine
+    )
+    assert not torch.allclose(plain, norm)
+
+
+def test_masked_pixels_have_no_part_in_the_cosine():
+    _, predictions, target, sets = some_windows()
+    other = torch.where(sets.mask[:, None], predictions[:, 0], 9.0)
+    loss = tiny_loss(mse=0.0, cosine=1.0)
+    first = loss.losses(predictions[:, 0], target, sets.mask)
+    assert torch.equal(loss.losses(other, target, sets.mask), first)
