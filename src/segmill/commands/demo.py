@@ -48,7 +48,7 @@ def run(config: DictConfig, context: Invocation) -> None:
         log.info("  %-6s %s", name, score_line(each.confusion, protocol=each.protocol.name))
     log.info("\nThe RGB model on the same rooms, corrupted (mIoU, mean over the corruptions):")
     for result in adapted:
-        log.info("  %-6s %.2f", result.name, 100 * result.mIoU)
+        log.info("  %-6s %.2f", result.name, 100 * result.score)
     log.info("Took %.0f seconds.", time.perf_counter() - started)
     log.info("Look at:  %s", folder / "report.html")
     log.info("Next:     segmill predict run=%s %s", folder / "rgb", folder / "scenes/images/test")

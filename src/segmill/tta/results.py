@@ -78,11 +78,6 @@ class MethodResult:
         return self.scores[self.counts.headline]
 
     @property
-    def mIoU(self) -> float:  # noqa: N802
-        """Mean over the tasks."""
-        return self.scores["mIoU"]
-
-    @property
     def images(self) -> int:
         """Images seen, over all tasks."""
         return sum(len(task.names) for task in self.tasks)
