@@ -7,11 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 
 from segmill.cli import main
-from segmill.commands.adapt_refusals import refuse_two_models
-from segmill.errors import SegmillError
 from segmill.tta.counts import ImageCounts
 from segmill.tta.results import TaskResult, load_task
 
@@ -117,12 +114,6 @@ def test_a_trial_is_one_step_and_leaves_nothing(
         adapt(tmp_path, **TENT, trainer__fast_dev_run="true")
     assert "tent  01_gaussian_noise_5  4/4" in caplog.text
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_and_weights_are_not_both_taken() -> None:
-    config = OmegaConf.create({"run": "runs/digits_classifier", "weights": "random"})
-    with pytest.raises(SegmillError, match="brings its own weights, and weights=random would"):
-        refuse_two_models(config)
 
 
 def confidence(result: TaskResult) -> list[float]:

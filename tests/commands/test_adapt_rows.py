@@ -36,6 +36,10 @@ def refused(*typed: str) -> str:
     return str(error.value)
 
 
+def test_weights_beside_the_run_of_an_experiment_are_refused() -> None:
+    assert "has run=runs/digits_classifier" in refused("experiment=digits_c", "weights=random")
+
+
 def test_without_methods_there_are_the_source_and_the_chosen_one() -> None:
     found = rows("tta=tent")
     assert {name: target(row) for name, row in found.items()} == {

@@ -20,7 +20,6 @@ from segmill.commands.adapt_refusals import (
     refuse_channels,
     refuse_missing,
     refuse_protocol,
-    refuse_two_models,
 )
 from segmill.commands.adapt_rows import Row
 from segmill.commands.adapt_trainer import AdaptTrainerSettings
@@ -160,7 +159,6 @@ def build_adapt_parts(config: DictConfig) -> AdaptParts:
     if config.limit is not None and config.limit < 1:
         raise SegmillError(f"limit={config.limit} should be 1 or more images, or null for all.")
     guided = config.tta.forward_mode == "tta" and config.model.generative is not None
-    refuse_two_models(config)
     refuse_channels(config)
     refuse_missing(config, guided=guided)
     data: AnyTaskData = build(config.data, protocol=protocol, seed=config.seed)

@@ -74,15 +74,6 @@ def refuse_channels(config: DictConfig) -> None:
     )
 
 
-def refuse_two_models(config: DictConfig) -> None:
-    """An experiment may name a run, and the command line weights."""
-    if config.run is not None and config.weights is not None:
-        raise SegmillError(
-            f"run={config.run} brings its own weights, and weights={config.weights} would be "
-            "ignored. Set run=null, or weights=null."
-        )
-
-
 def refuse_missing(config: DictConfig, *, guided: bool) -> None:
     """Data, weights and guide are looked for together: one answer instead of three tries."""
     missing: list[str] = []

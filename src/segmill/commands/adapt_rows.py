@@ -45,7 +45,7 @@ class Row:
 
 def rows_of(config: DictConfig, context: Invocation) -> dict[str, Row]:
     """The methods to compare, `source` first; every row is composed and checked before any runs."""
-    _refuse_contradictions([_key(each) for each in context.overrides])
+    _refuse_contradictions([_key(each) for each in context.overrides], config.run)
     if config.tta.forward_mode == "discriminative_only":
         log.info("tta.forward_mode=discriminative_only: nothing adapts, only the source runs.")
         wanted: dict[str, Settings] = {SOURCE: {"tta": SOURCE}}
@@ -144,8 +144,8 @@ def _settings(name: str, value: Any) -> Settings:
     return settings
 
 
-def _refuse_contradictions(typed: Sequence[str]) -> None:
-    """Two words of which one would be ignored."""
+def _refuse_contradictions(typed: Sequence[str], run: str | None) -> None:
+    """Two words of which one would be ignored; an experiment may say the run."""
     pairs = [("tta", "methods"), ("run", "weights"), ("run", "model/discriminative")]
     for one, other in pairs:
         if one in typed and other in typed:
@@ -153,6 +153,13 @@ def _refuse_contradictions(typed: Sequence[str]) -> None:
                 f"{one}=... and {other}=... are both given, and only {_stronger(one, other)} would "
                 "count. Leave one of them out."
             )
+
+
+    if run is not None and "weights" in typed and "run" not in typed:
+        raise SegmillError(
+            f"The experiment has run={run}, which brings its own weights, and weights=... would "
+            "not count. Add run=null, or leave it out."
+        )
 
 
 def _stronger(one: str, other: str) -> str:
