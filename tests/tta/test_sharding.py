@@ -10,6 +10,7 @@ from torch import nn
 import sharding_work
 from segmill.configuration import build, compose
 from segmill.data.tasks import Task
+from segmill.models.families.image_classifier import ImageClassifier
 from segmill.optim import AdamW
 from segmill.tta.dusa import Dusa
 from segmill.tta.sharding import Snapshot, compile_blocks, local, repeated_blocks, world_size
@@ -104,7 +105,10 @@ def test_a_snapshot_is_put_back_in_place_and_knows_of_no_later_change() -> None:
 @pytest.mark.parametrize(
     ("model", "count"),
     # Transformers have theirs in lists; BatchNorm's statistics may be exchanged, so no ResNet's.
-    [("segformer_mit-b0", 8), ("deeplabv3plus_r50-d8", 0)],
+    [
+        ("segformer_mit-b0", 8),
+        ("deeplabv3plus_r50-d8", 0),
+    ],
 )
 def test_the_repeated_blocks_of_a_network_are_found(model: str, count: int) -> None:
     config = compose("train", [f"model={model}", "data=scenes", "data.channels=3"])
@@ -112,6 +116,18 @@ def test_the_repeated_blocks_of_a_network_are_found(model: str, count: int) -> N
         blocks = repeated_blocks(build(config.model).network)
     assert len(blocks) == count
     assert not any(isinstance(each, nn.BatchNorm2d) for block in blocks for each in block.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("convnext_large.fb_in1k", 36), ("vit_base_patch16_224.augreg_in1k", 12), ("resnet18", 0)],
+)
+def test_the_blocks_of_timms_classifiers_are_found_in_their_sequences(
+    name: str, count: int
+) -> None:
+    with torch.device("meta"):
+        network = ImageClassifier(model_name=name, num_classes=10, options={})
+    assert len(repeated_blocks(network)) == count
 
 
 @pytest.fixture

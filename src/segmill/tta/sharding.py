@@ -91,18 +91,25 @@ def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """Blocks in lists of equal ones, as transformers have them; none with BatchNorm inside.
+    """Blocks in rows of equal ones, as transformers have them; none with BatchNorm inside.
 
     Those are what is worth compiling: equal code once. BatchNorm's statistics may be exchanged
     while a method is at work (batch_statistics.py), which compiled code does not take well.
     """
     found: list[nn.Module] = []
     for child in network.children():
-        if isinstance(child, nn.ModuleList) and _are_equal(list(child)):
-            found += [each for each in child if not _has_batchnorm(each)]
-        else:
-            found += repeated_blocks(child)
+        is_list = isinstance(child, nn.ModuleList) and _are_equal(list(child))
+        blocks = [] if is_list else repeated_blocks(child)
+        if is_list or (not blocks and _is_stage(child)):
+            blocks = [each for each in child.children() if not _has_batchnorm(each)]
+        found += blocks
     return found
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether it is a sequence of blocks, as timm's networks have them, not of single layers."""
+    blocks = list(module.children()) if isinstance(module, nn.Sequential) else []
+    return _are_equal(blocks) and all(list(each.children()) for each in blocks)
 
 
 def _are_equal(modules: list[nn.Module]) -> bool:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_transformer import inputs, loaded, value
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -121,6 +122,25 @@ def test_both_directions_of_time_say_the_same():
     classes = torch.tensor([[2], [NULL]])
     mirrored = forwards.predict(latent, 1 - t, classes)
     assert torch.equal(backwards.predict(latent, t, classes), -mirrored)
+
+
+class FourChannels(PixelCodec):
+    def __init__(self) -> None:
+        super().__init__(factor=8, mean=0.0, std=1.0)
+        self.channels = 4
+
+
+@pytest.mark.parametrize(("case", "path"), [("repa_8", "linear"), ("sit_8", "reverse_linear")])
+def test_the_velocity_is_the_originals_in_its_own_direction(case, path):
+    """Ours goes from data to noise and counts the noise; willisma's the other way round."""
+    view = GuideView(short=64, window=None, stride=None, multiple=16)
+    made = SiTGuide(network=loaded(case), codec=FourChannels(), view=view, path=path, weights=None)
+    latent, t, classes = inputs(case)
+    share, sign = (t, 1) if path == "linear" else (1 - t, -1)
+    with torch.no_grad():
+        found = made.predict(latent, share, classes[:, None])[:, 0]
+    # As in test_transformer; 1 - t rounds once more.
+    torch.testing.assert_close(found, sign * value(case, "out"), rtol=0, atol=1e-5)
 
 
 def test_a_network_with_weights_waits_on_the_meta_device():

@@ -11,8 +11,9 @@ import torch
 
 from segmill.checkpoint.keys import apply_rules
 from segmill.checkpoint.load import choose_rules, load_arrays, shapes_of
+from segmill.configuration import build, compose
 from segmill.errors import SegmillError
-from segmill.models.generative.transformer import DiffusionTransformer, position_code
+from segmill.models.generative.transformer import DiffusionTransformer, _unpatched, position_code
 
 FOLDER = Path(__file__).parents[2] / "goldens" / "sit"
 GOLDEN = json.loads((FOLDER / "golden.json").read_text())
@@ -97,6 +98,24 @@ def test_gradients_are_the_originals(case):
     # effect, so its gradient is 0 but for rounding.
     torch.testing.assert_close(latent.grad, value(case, "grad_x"), rtol=0, atol=5e-5)
     norms = CASES[case]["grad_l2"]
+    for name, parameter in network.named_parameters():
+        assert float(parameter.grad.norm()) == pytest.approx(norms[name], rel=1e-4, abs=1e-5), name
+
+
+def test_gradients_of_dit_are_the_originals():
+    """Of all eight output channels, of which the network itself gives four."""
+    network, found = loaded("dit_8"), {}
+    network.final_layer.register_forward_hook(lambda _m, _i, out: found.update(patches=out))
+    latent, t, classes = inputs("dit_8")
+    latent.requires_grad_()
+    network(latent, t, classes)
+    output = _unpatched(found["patches"], (4, 4), 2, 8)
+    seed = int.from_bytes(hashlib.sha256(b"w").digest()[:8], "little")
+    weight = np.random.Generator(np.random.PCG64(seed)).standard_normal(output.shape)
+    (output * torch.from_numpy(weight.astype(np.float32))).sum().backward()
+    # As above; sines of times near 1000 are known to 6e-5, see TOLERANCE.
+    torch.testing.assert_close(latent.grad, value("dit_8", "grad_x"), rtol=0, atol=3e-4)
+    norms = CASES["dit_8"]["grad_l2"]
     for name, parameter in network.named_parameters():
         assert float(parameter.grad.norm()) == pytest.approx(norms[name], rel=1e-4, abs=1e-5), name
 
@@ -197,6 +216,56 @@ def test_older_files_of_repa_load_whatever_their_encoder_depth():
         output = network(*inputs("repa_8"))
     # As for the output of newer files.
     torch.testing.assert_close(output, value("repa_8", "out"), rtol=0, atol=5e-6)
+
+
+CONFIGURED = {
+    "sit-xl2_repa": "REPA SiT-XL/2",
+    "sit-xl2": "SiT SiT-XL/2 (learn_sigma)",
+    "dit-xl2": "DiT DiT-XL/2 256",
+}
+
+
+def configured(name: str) -> DiffusionTransformer:
+    """The network of configs/model/generative/NAME.yaml, without memory."""
+    words = ["model=combined_classifier", f"model/generative={name}", "data=imagenet_c"]
+    with torch.device("meta"):
+        return build(compose("adapt", words).model.generative.network)
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_the_configured_guides_are_the_published_sizes(name):
+    published = dict(GOLDEN["shapes"][CONFIGURED[name]]["keys"])
+    kept = {
+        key: tuple(shape)
+        for key, shape in published.items()
+        if key != "pos_embed" and not key.startswith("projectors.")
+    }
+    assert shapes_of(configured(name)) == kept
+
+
+def test_repas_own_files_and_its_older_names_load_into_the_configured_guide():
+    """EMA weights of a training with z_dims=[768] and encoder_depth 8."""
+    network = configured("sit-xl2_repa")
+    published = {k: tuple(shape) for k, shape in GOLDEN["shapes"]["REPA SiT-XL/2"]["keys"]}
+    projectors = [key for key in published if key.startswith("projectors.")]
+    assert published["projectors.0.4.weight"] == (768, 2048)
+    assert projectors == [f"projectors.0.{n}.{k}" for n in (0, 2, 4) for k in ("weight", "bias")]
+    older = {}
+    for key, shape in published.items():
+        parts = key.split(".")
+        if parts[0] == "blocks" and int(parts[1]) >= 8:
+            parts = ["decoder_blocks", str(int(parts[1]) - 8), *parts[2:]]
+        older[".".join(parts)] = np.broadcast_to(np.float32(0), shape)
+    origin, rules = choose_rules(network, older)
+    assert origin == "repa, 8 blocks before the projectors"
+    assert {k: v.shape for k, v in apply_rules(older, rules).items()} == shapes_of(network)
+
+
+def test_a_key_that_is_no_projectors_is_not_dropped_in_silence():
+    arrays = weights_of("repa_8") | {"projectors.0.6.weight": np.zeros((2, 2), np.float32)}
+    network = transformer("repa_8")
+    with pytest.raises(SegmillError, match=r"projectors\.0\.6\.weight"):
+        load_arrays(network, arrays, rules=choose_rules(network, arrays)[1])
 
 
 def test_it_starts_as_zero_whatever_the_input():

@@ -89,7 +89,7 @@ class DiffusionTransformer(nn.Module):
     def key_rules(self) -> dict[str, tuple[Rule, ...]]:
         """Rules from the files of DiT, SiT and REPA, and from a guide trained here."""
         # Positions are computed; the projectors align features in REPA's training, that is all.
-        drop = (Drop("pos_embed"), Drop(r"projectors\..+"))
+        drop = (Drop("pos_embed"), Drop(r"projectors\.\d+\.[024]\.(weight|bias)"))
         depth = len(self.blocks)
         return {
             "sit": drop,
