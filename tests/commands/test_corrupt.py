@@ -11,10 +11,11 @@ from segmill.cli import main
 from segmill.commands import corrupt
 from segmill.data.corrupted_files import MANIFEST, make, read_manifest
 from segmill.data.files import DataError
-from tiny_tasks import NAMES, task_data, write_ade20k, write_picture, write_values
+from tiny_tasks import HEIGHT, NAMES, WIDTH, task_data, write_ade20k, write_picture, write_values
 
 TWO = "data.corruptions=[contrast,fog]"
 ROOMS = {"train": 1, "val": 1, "test": 2, "height": 32, "width": 48}
+DEPTH, RANGE = "depth/{split}/{name}.png", "data.depth_range=[0,10000]"
 NOISY = {"corruptions": ["gaussian_noise", "frost"]}
 
 
@@ -107,6 +108,28 @@ def test_a_written_png_is_the_picture_made_on_the_fly(tmp_path, out, capsys):
     for ours, theirs in pairs:
         assert torch.equal(ours["original"], theirs["original"])
         assert torch.equal(ours["label"], theirs["label"])
+
+
+def test_depth_is_copied_as_labels_are_and_read_with_the_corrupted_colour(clean, out):
+    for seed, name in enumerate(NAMES):
+        depth = np.random.RandomState(seed).randint(0, 12000, (HEIGHT, WIDTH)).astype(np.uint16)
+        path = clean / "depth" / "validation" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(depth).save(path)
+    assert ade(clean, out, "data.channels=4", f"data.depth='{DEPTH}'", RANGE) == 0
+    copies = {path: each for path, each in files(out).items() if path.startswith("depth/")}
+    assert copies == {path: each for path, each in files(clean).items() if path in copies}
+    assert len(copies) == len(NAMES)
+    keys = {"channels": 4, "depth": DEPTH, "depth_range": [0, 10000], "corruptions": ["fog"]}
+    read = task_data("ade20k_c", data_root=str(out), **keys)
+    made = task_data("ade20k_c", data_root=str(clean), on_the_fly=True, **keys)
+    for ours, theirs in zip(_all(read), _all(made), strict=True):
+        assert ours["original"].shape == (1, 4, HEIGHT, WIDTH)
+        assert torch.equal(ours["original"][:, 3], theirs["original"][:, 3])
+
+
+def _all(data):
+    return data.loader(data.tasks, limit=None)
 
 
 def test_several_processes_write_the_same_files(clean, tmp_path):

@@ -60,12 +60,14 @@ def refuse_channels(config: DictConfig) -> None:
         return
     name = "The model" if config.run is None else f"run={config.run}"
     if channels == _WITH_DEPTH:
-        depth = ""
-        if config.data.depth is None:
-            depth = ", and data.depth to the pattern of the depth files (it is null)"
+        remedy = "Set data.channels=4"
+        if "depth" not in config.data:
+            remedy = "Choose a data set with depth"
+        elif config.data.depth is None:
+            remedy += ", and data.depth to the pattern of the depth files (it is null)"
         raise SegmillError(
             f"{name} takes colour and depth, but data.channels={config.data.channels} leaves depth "
-            f"out of data={config.data.name}. Set data.channels=4{depth}."
+            f"out of data={config.data.name}. {remedy}."
         )
     raise SegmillError(
         f"{name} takes {channels} channels and no depth, but data.channels="

@@ -1,7 +1,8 @@
 """`segmill demo`: the whole path on generated rooms, without a network or a data set.
 
 Trains a small RGB and a small RGB-D model and scores both on rooms that neither has seen; trains a
-small guide, corrupts the unseen rooms, and lets the RGB model adapt to them by four methods.
+small guide, corrupts the unseen rooms, and lets the RGB model adapt to them by four methods and the
+RGB-D model, whose depth is not corrupted, by Tent.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +26,16 @@ from segmill.commands.train import Parts, build_parts, fit
 from segmill.configuration import Invocation, compose
 from segmill.report.adaptation import adaptation_table
 from segmill.report.examples import Example
-from segmill.report.html import Result, write_report
-from segmill.report.tables import score_line
-from segmill.tta.results import MethodResult
+from segmill.report.html import Result, TextTable, write_report
+from segmill.report.tables import headline, percent, score_line
+from segmill.tta.results import SOURCE, MethodResult
 
 log = logging.getLogger(__name__)
 MODELS = {"RGB": "demo_rgb", "RGB-D": "demo_rgbd"}
-GUIDE, ADAPTATION = "demo_guide", "demo_adapt"
+RUNS = {"RGB": "rgb", "RGB-D": "rgbd"}
+GUIDE = "demo_guide"
+ADAPTATIONS = {"RGB": "demo_adapt", "RGB-D": "demo_adapt_rgbd"}
+COMPARED = (SOURCE, "tent")  # what both models are adapted by
 
 
 def run(config: DictConfig, context: Invocation) -> None:
@@ -41,14 +46,21 @@ def run(config: DictConfig, context: Invocation) -> None:
     write_provenance(folder, config, context.command)
     scored = {name: _train(name, folder, config) for name in MODELS}
     _train_guide(folder, config)
-    adapted = _adapt(folder, config)
-    _report(folder, scored, adapted, config)
+    adapted = {name: _adapt(name, folder, config) for name in ADAPTATIONS}
+    protection = depth_table(
+        {name: headline(each.confusion)["mIoU"] for name, each in scored.items()},
+        {name: {each.name: each.score for each in results} for name, results in adapted.items()},
+    )
+    _report(folder, scored, adapted["RGB"], protection, config)
     log.info("\nForty rooms that neither model has seen:")
     for name, each in scored.items():
         log.info("  %-6s %s", name, score_line(each.confusion, protocol=each.protocol.name))
     log.info("\nThe RGB model on the same rooms, corrupted (mIoU, mean over the corruptions):")
-    for result in adapted:
-        log.info("  %-6s %.2f", result.name, 100 * result.score)
+    for result in adapted["RGB"]:
+        log.info("  %-7s %.2f", result.name, 100 * result.score)
+    log.info("\n%s", protection.title)
+    for cells in (protection.header, *protection.rows):
+        log.info("  %-6s %14s %18s %16s", *cells)
     log.info("Took %.0f seconds.", time.perf_counter() - started)
     log.info("Look at:  %s", folder / "report.html")
     log.info("Next:     segmill predict run=%s %s", folder / "rgb", folder / "scenes/images/test")
@@ -85,26 +97,46 @@ def _fit(
     return parts, fit(parts, run_config, run_folder, None)
 
 
-def _adapt(folder: Path, config: DictConfig) -> list[MethodResult]:
-    """The RGB model on corrupted rooms, under the guide."""
+def _adapt(name: str, folder: Path, config: DictConfig) -> list[MethodResult]:
+    """A model on corrupted rooms, the RGB model under the guide."""
     overrides = [
-        f"experiment={ADAPTATION}",
-        f"run={folder / 'rgb'}",
-        f"model.generative.weights={folder / 'guide'}",
+        f"experiment={ADAPTATIONS[name]}",
+        f"run={folder / RUNS[name]}",
+        *([f"model.generative.weights={folder / 'guide'}"] if name == "RGB" else []),
         f"data.data_root={folder / 'scenes'}",
         f"output_dir={folder}",
         f"seed={config.seed}",
     ]
     command = "segmill adapt " + " ".join(overrides)
-    log.info("\nAdaptation: %s", command)
+    log.info("\nAdaptation, %s: %s", name, command)
     context = Invocation(
         verb="adapt", argv=(), command=command, overrides=tuple(overrides), dry_run=False
     )
     return compare(compose("adapt", overrides), context)
 
 
+def depth_table(
+    clean: Mapping[str, float], corrupted: Mapping[str, Mapping[str, float]]
+) -> TextTable:
+    """How much depth protects: mIoU of both models on the rooms as they are, and by method."""
+    rows = []
+    for name, by_method in corrupted.items():
+        values = [clean[name], *(by_method[method] for method in COMPARED)]
+        rows.append([name, *map(percent, values)])
+    return TextTable(
+        "Does depth, which is not corrupted, protect? (mIoU; corrupted: mean over the corruptions)",
+        ["model", "not corrupted", *(f"corrupted, {method}" for method in COMPARED)],
+        rows,
+        "The same rooms, corruptions and order for both models. More in adapted_rgbd/report.html.",
+    )
+
+
 def _report(
-    folder: Path, scored: dict[str, Scored], adapted: list[MethodResult], config: DictConfig
+    folder: Path,
+    scored: dict[str, Scored],
+    adapted: list[MethodResult],
+    protection: TextTable,
+    config: DictConfig,
 ) -> None:
     """Both models in one report; the pictures are the RGB-D model's best and worst rooms."""
     table = replace(
@@ -128,10 +160,10 @@ def _report(
         facts={"environment": "; ".join(environment())},
         curves={
             f"{kind} {key}": curve
-            for kind, run_name in (("RGB", "rgb"), ("RGB-D", "rgbd"))
+            for kind, run_name in RUNS.items()
             for key, curve in curves_of(folder / run_name).items()
             if key in {"train/loss", "val/mIoU"}
         },
         examples=examples,
-        tables=[table],
+        tables=[table, protection],
     )

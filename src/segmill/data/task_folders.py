@@ -162,8 +162,9 @@ class CorruptedWhileRead:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Sample:
-        """One sample; depth is a measurement of its own and stays as it is."""
+        """One sample."""
         sample = self._samples[index]
+        # Colour alone: a depth sensor is another instrument, which what spoils colour leaves alone.
         image = corrupted(sample.image[..., :3], sample.name, self._task, self._frost_dir)
         if sample.image.shape[2] > 3:
             image = np.dstack([image, sample.image[..., 3:]])
