@@ -23,7 +23,16 @@ from omegaconf.errors import OmegaConfBaseException
 from segmill.commands.settings import BUILDS, KEYS
 from segmill.errors import SegmillError
 from segmill.inspection import keys_of, problems_in
-from segmill.options import config_folders, fits, fitting, groups, options, suggestion, target_of
+from segmill.options import (
+    config_folders,
+    fits,
+    fitting,
+    groups,
+    is_file,
+    options,
+    suggestion,
+    target_of,
+)
 from segmill.paths import CONFIGS
 from segmill.twins import prepare_runtime, require_twins, with_twins
 from segmill.typecheck import converted, located, parameters
@@ -170,7 +179,7 @@ def _groups_of(command: str) -> list[str]:
 
 def _option(group: str, name: str) -> str | None:
     found = options(group)
-    return name if name in found.values() else found.get(name)
+    return found.get(name, name if is_file(group, name) else None)
 
 
 def _no_option(command: str, group: str, name: str) -> str:

@@ -51,6 +51,11 @@ def options(group: str) -> dict[str, str]:
     return found
 
 
+def is_file(group: str, option: str) -> bool:
+    """Whether the option is a whole path below the group's folder, as a defaults list writes it."""
+    return any((folder / group / f"{option}.yaml").is_file() for folder in config_folders())
+
+
 def fitting(command: str, group: str) -> dict[str, str]:
     """`options` of a group that `command` takes: others build what only other commands want."""
     return {name: each for name, each in options(group).items() if fits(command, group, each)}

@@ -17,7 +17,8 @@ from segmill.options import fitting
 from segmill.paths import CONFIGS
 from segmill.protocol import Protocol
 
-NAMES = sorted(fitting("train", "data"))
+# Those of classification are test_classification_data's and test_image_datamodule's matter.
+NAMES = sorted(fitting("data_check", "data"))
 FROM_THE_COMMAND = {"protocol", "seed", "accumulate", "start_step"}
 HEIGHT, WIDTH = 48, 64
 

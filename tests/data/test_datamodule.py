@@ -8,6 +8,7 @@ import torch
 from tiny_folder import folder_keys, write_label, write_samples
 
 from segmill.data import datamodule
+from segmill.data import loader as loaders
 from segmill.data.datamodule import SegmentationData
 from segmill.data.folder import DataError
 from segmill.protocol import Protocol
@@ -105,7 +106,7 @@ def test_two_ranks_share_the_global_batch(root: Path, monkeypatch: pytest.Monkey
     (whole,) = first_batches(make_data(root), 1)
     parts = []
     for rank in range(2):
-        monkeypatch.setattr(datamodule, "_place", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(datamodule, "place_of_process", lambda rank=rank: (rank, 2))
         parts += first_batches(make_data(root), 1)
     assert [name for part in parts for name in part["name"]] == whole["name"]
     assert torch.equal(torch.cat([part["image"] for part in parts]), whole["image"])
@@ -128,9 +129,9 @@ def test_the_rank_of_evaluation_is_asked_when_it_starts(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ):
     loader = make_data(root).eval_loader("val")
-    monkeypatch.setattr(datamodule.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(datamodule.distributed, "get_rank", lambda: 1)
-    monkeypatch.setattr(datamodule.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(loaders.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(loaders.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(loaders.distributed, "get_world_size", lambda: 2)
     assert [item["name"] for item in loader] == ["w"]
 
 

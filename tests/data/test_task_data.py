@@ -235,7 +235,7 @@ def layout(name: str, root: Path) -> Iterator[tuple[Path, Path, str, str]]:
                 yield root / image, root / label, split, corruption
 
 
-@pytest.mark.parametrize("name", sorted(fitting("adapt", "data")))
+@pytest.mark.parametrize("name", sorted(fitting("corrupt", "data")))
 def test_every_corrupted_data_set_reads_the_layout_it_names(name: str, tmp_path: Path):
     keys: Any = OmegaConf.load(CONFIGS / "data" / f"{name}.yaml")
     table = LabelMap(keys.label_map, num_classes=keys.num_classes).table

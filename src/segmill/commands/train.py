@@ -27,6 +27,7 @@ from segmill.commands.trainer import (
     world_size,
 )
 from segmill.configuration import Invocation, build, plain
+from segmill.data.datamodule import SegmentationData
 from segmill.data.image_datamodule import TrainingData
 from segmill.errors import SegmillError
 from segmill.models.discriminative import Discriminative
@@ -76,7 +77,8 @@ def run(config: DictConfig, context: Invocation) -> None:
     if trainer.is_global_zero:
         report(scored, folder)
         test = parts.data.test_split or parts.data.val_split
-        log.info("Next: segmill eval run=%s split=%s protocol=ms_flip", folder, test)
+        views = " protocol=ms_flip" if isinstance(parts.data, SegmentationData) else ""
+        log.info("Next: segmill eval run=%s split=%s%s", folder, test, views)
 
 
 def fit(parts: Parts, config: DictConfig, folder: Path, resume: Path | None) -> lightning.Trainer:

@@ -181,16 +181,16 @@ class ClassificationTaskData:
                 "data.on_the_fly corrupts the classifier's view, and data.view.guide_size="
                 f"{view.guide_size} would give the guide a clean one. Set it to null."
             )
-        for task in tasks if on_the_fly else []:
-            check_corruption(task.corruption, task.severity)
-            if task.corruption == "frost":
-                load_frost(self._views.frost_dir)  # once, before the workers are forked
         for task in self.tasks:
             if (task.corruption == CLEAN) != (task.severity == 0):
                 raise DataError(
                     f"The task {task.name}: severity 0 is that of data.corruptions=[{CLEAN}] "
                     "alone, data.severities are 1 to 5 otherwise."
                 )
+        for task in tasks if on_the_fly else []:
+            check_corruption(task.corruption, task.severity)
+            if task.corruption == "frost":
+                load_frost(self._views.frost_dir)  # once, before the workers are forked
 
     def _classes(self, file: str | Path) -> Classes:
         known = read_classes(file)

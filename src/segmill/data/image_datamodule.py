@@ -1,23 +1,24 @@
 """ImageData: images with one label each as Lightning loaders, batched like SegmentationData."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import cv2
 import lightning
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, Int64, UInt8
 from torch.utils.data import DataLoader
 
 from segmill.data.classes import counted_classes
 from segmill.data.datamodule import SegmentationData, as_tensors
 from segmill.data.files import DataError
-from segmill.data.labelled_image import LabelledImage, LabelledImages, LabelMaps
+from segmill.data.labelled_image import LabelledImages, LabelMaps
 from segmill.data.loader import forked_loader, place_of_process
 from segmill.data.splits import channels_first, require_shares
 from segmill.data.stream import Shard, StepBatches, shuffled
-from segmill.data.transforms import NO_JITTER
+from segmill.data.transforms import NO_JITTER, draw_jitter
 from segmill.protocol import Protocol
 
 
@@ -25,7 +26,8 @@ class ImageData(lightning.LightningDataModule):
     """One data set, from the keys of its YAML; `images` opens a split of it by name.
 
     All images are `crop` large. Training ones are shifted by up to `shift` pixels in each direction
-    (the border is repeated) and mirrored with probability `flip`. `batch_size` is global.
+    (the border is repeated), mirrored with probability `flip`, and with `photometric` distorted in
+    colour as MMSegmentation does. `batch_size` is global.
     """
 
     depth_range = None
@@ -45,6 +47,7 @@ class ImageData(lightning.LightningDataModule):
         crop: tuple[int, int],
         shift: int,
         flip: float,
+        photometric: bool,
         test_scale: tuple[int, int] | None,
         batch_size: int,
         workers: int,
@@ -62,7 +65,8 @@ class ImageData(lightning.LightningDataModule):
         self.name, self.classes = name, counted_classes(classes, num_classes)
         self.channels, self.channel_order = channels, channel_order
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
-        self.crop, self.shift, self.flip, self.test_scale = crop, shift, flip, test_scale
+        self.crop, self.test_scale = crop, test_scale
+        self.shift, self.flip, self.photometric = shift, flip, photometric
         self.batch_size, self.workers = batch_size, workers
         self.protocol, self.seed = protocol, seed
         self.accumulate, self.start_step = accumulate, start_step
@@ -119,6 +123,17 @@ class ImageData(lightning.LightningDataModule):
 TrainingData = SegmentationData | ImageData
 
 
+@dataclass(frozen=True)
+class TrainImage:
+    """One augmented image as it travels to the device, which applies `jitter`."""
+
+    image: UInt8[np.ndarray, "h w 3"]
+    label: Int64[np.ndarray, "1 1"]
+    valid: tuple[int, int, int, int]
+    jitter: Float32[np.ndarray, " J"]
+    name: str
+
+
 class _Stream:
     """The training images without end; the draws belong to the position in the stream."""
 
@@ -126,7 +141,7 @@ class _Stream:
         self._images, self._data = images, data
         self._rng = np.random.RandomState()  # seeded for every image; making one takes longer
 
-    def __getitem__(self, position: int) -> LabelledImage:
+    def __getitem__(self, position: int) -> TrainImage:
         data = self._data
         found = self._images[shuffled(position, len(self._images), data.seed)]
         if found.image.shape[:2] != data.crop:
@@ -139,7 +154,10 @@ class _Stream:
         image = shifted(found.image, data.shift, self._rng)
         if self._rng.rand() < data.flip:
             image = cv2.flip(image, 1)
-        return LabelledImage(np.ascontiguousarray(image), found.label, found.name)
+        jitter = draw_jitter(self._rng) if data.photometric else NO_JITTER
+        box = (0, 0, *data.crop)
+        label = np.array([[found.label]])
+        return TrainImage(np.ascontiguousarray(image), label, box, jitter, found.name)
 
 
 class _Views:
@@ -172,14 +190,13 @@ def shifted(
     return padded[top : top + height, left : left + width]
 
 
-def train_batch(images: Sequence[LabelledImage]) -> dict[str, Any]:
+def train_batch(images: Sequence[TrainImage]) -> dict[str, Any]:
     """One contiguous uint8 batch, channels first; a label is a map of one pixel."""
-    height, width = images[0].image.shape[:2]
     batch = {
         "image": np.concatenate([channels_first(each.image) for each in images]),
-        "label": np.array([[[each.label]] for each in images]),
-        "valid": np.array([(0, 0, height, width)] * len(images)),
-        "jitter": np.stack([NO_JITTER] * len(images)),
+        "label": np.stack([each.label for each in images]),
+        "valid": np.array([each.valid for each in images]),
+        "jitter": np.stack([each.jitter for each in images]),
         "name": [each.name for each in images],
     }
     return as_tensors(batch)

@@ -236,3 +236,47 @@ def test_contrast_adds_the_cross_entropy_of_the_errors():
     # A network that gives every class the same answer is worth a guess among the image's two.
     guess = 0.5 * math.log(2)
     assert terms["guide.loss_ce"].item() == pytest.approx(guess, abs=0.05)
+
+
+def test_one_label_for_the_image_is_that_of_every_pixel():
+    made = classifier(classes_per_image=2)
+    image, _ = samples(2, seed=0)
+    label = torch.tensor([2, 0])[:, None, None]
+    losses = []
+    for each in (label, label.expand(-1, *image.shape[2:])):
+        torch.manual_seed(1)
+        losses.append(made.losses(image, each)["guide.loss_mse"])
+    assert torch.equal(*losses)
+
+
+def test_the_answer_for_an_image_adds_up_its_cells():
+    made = classifier()
+    torch.nn.init.normal_(made.guide.network.final_layer.linear.weight, std=0.2)
+    image, _ = samples(2, seed=0)
+    with torch.no_grad():
+        cells = made(image)
+        made.answer = "image"
+        whole = made(image)
+    torch.testing.assert_close(whole, cells.sum(dim=(2, 3), keepdim=True))
+
+
+def test_a_guide_learns_the_classes_of_images():
+    made = classifier(classes_per_image=2, contrast=0.1, answer="image", unconditional=0.0)
+    optimizer = torch.optim.Adam(made.parameters(), lr=5e-3)
+    draw = torch.Generator().manual_seed(0)
+
+    def batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        label = torch.randint(0, CLASSES, (count,), generator=draw)
+        noise = 20 * torch.randn(count, 3, 16, 16, generator=draw)
+        image = (COLOURS[label][:, :, None, None] + noise).clamp(0, 255)
+        return image / 127.5 - 1, label[:, None, None]
+
+    for _ in range(60):
+        optimizer.zero_grad()
+        sum(made.losses(*batch(16)).values()).backward()
+        optimizer.step()
+    image, label = batch(60)
+    with torch.no_grad():
+        logits = made(image)
+    assert logits.shape == (60, CLASSES, 1, 1)
+    assert (logits.argmax(dim=1) == label).float().mean() > 0.9
