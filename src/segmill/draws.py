@@ -1,5 +1,5 @@
-"""Torch's generators: during a prediction or a step, for networks that draw (Hamburger's bases), and
-of each image of a batch, so that its draws do not depend on the others.
+"""Torch's generators: during a prediction or a step, for networks that draw (Hamburger's bases),
+and of each image of a batch, so that its draws do not depend on the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""DUSA's classification steps against its published code, through the methods that adaptation runs."""
+"""DUSA's classification steps against its published code, through the methods as they adapt."""
 
 import json
 from pathlib import Path
@@ -70,10 +70,10 @@ class StandInGuide(nn.Module):
     def encode(self, window: Tensor) -> Tensor:
         return torch.zeros(len(window), 4, CELLS, CELLS)
 
-    def noisy(self, latent: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def noisy(self, latent: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return latent, self.noise
 
-    def predict(self, noisy_latent: Tensor, t: Tensor, classes: Tensor) -> Tensor:  # noqa: ARG002
+    def predict(self, noisy_latent: Tensor, t: Tensor, classes: Tensor) -> Tensor:
         network = self.network
         table = torch.cat([network.pred, network.unconditional[:, None]], dim=1)
         return table[torch.arange(len(classes))[:, None], classes]

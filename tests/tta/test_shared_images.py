@@ -1,4 +1,4 @@
-"""Steps of several batches and of several processes' images, against one process with all of them."""
+"""Steps of several batches, and of several processes' images, against one process with all."""
 
 from pathlib import Path
 from typing import Any

@@ -33,7 +33,7 @@ from segmill.models.discriminative import Discriminative
 from segmill.protocol import Protocol
 from segmill.segmenter import open_segmenter
 from segmill.tta.method import Method
-from segmill.tta.module import TTAModule
+from segmill.tta.module import TTAModule, check_accumulates
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +107,7 @@ class AdaptParts:
             try:
                 self._set(row)
                 methods[name] = build(row.config.tta.method, model=self.model)
+                check_accumulates(methods[name], self.settings.accumulate)
                 if methods[name].parameters_to_update() and row.config.optimizer is None:
                     raise SegmillError(f"tta={row.config.method_name} needs an optimizer.")
             except SegmillError as error:

@@ -80,9 +80,10 @@ class Method(Protocol):
 class Accumulates(Protocol):
     """A method whose step may wait for further batches, and for other processes' images.
 
-    What it gives to `backward` is `views.weight` times the mean over the images. `adapt` asks for one step at most, after its last
-    `backward`, never for `zero_grad` or `forget`, and does the same whether or not the weights have
-    changed when `step` returns.
+    What it gives to `backward` is `views.weight` times the mean over the images. `adapt` asks for
+    one step at most, after its last `backward`, never for `zero_grad` or `forget`, and does the
+    same whether or not the weights have changed when `step` returns. What it keeps for itself is
+    each process's own.
     """
 
     accumulates: bool

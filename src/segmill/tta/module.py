@@ -35,7 +35,7 @@ from segmill.tta.sharding import (
     shard,
     world_size,
 )
-from segmill.tta.step_plan import StepPlan, step_plan
+from segmill.tta.step_plan import step_plan
 from segmill.tta.updaters import DirectUpdater, GatheringUpdater
 
 
@@ -70,7 +70,9 @@ class TTAModule(lightning.LightningModule):
         self.model = model
         self.new_record, self.seed = new_record, seed
         self.predict, self.compiled, self.evidence = predict, compiled, evidence
-        self.accumulate, self.share, self.strategy_name = accumulate, share, strategy
+        self.accumulate = accumulate
+        self.share: Literal["classes", "images"] = share
+        self.strategy_name: Literal["fsdp", "ddp"] = strategy
         model.shares_classes = share == "classes"
         self.on_images: Callable[[int, dict[str, Any], Tensor], None] = _ignore
         self.task: Task | None = None
