@@ -62,7 +62,8 @@ ADAPTS = [
 def composed(group: str, option: str) -> DictConfig:
     """With a command that takes the option; what adapts cannot train."""
     if option not in fitting("train", group):
-        command, required = ("corrupt", ["out=x"]) if group == "data" else ("adapt", [])
+        corruptible = group == "data" and option in fitting("corrupt", "data")
+        command, required = ("corrupt", ["out=x"]) if corruptible else ("adapt", [])
         return compose(command, [f"{group}={option}", *required])
     return train_config(group, option)
 
@@ -146,6 +147,8 @@ def test_every_variant_builds_and_gives_logits(model):
     with torch.no_grad():
         logits = network(image)
     assert logits.shape[:2] == (1, config.data.num_classes)
+    if logits.shape[2:] == (1, 1):  # one answer for the whole image
+        return
     assert logits.shape[2] / logits.shape[3] == pytest.approx(64 / 96)
     assert 64 % logits.shape[2] == 0
 

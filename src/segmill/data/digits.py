@@ -6,7 +6,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -86,5 +86,5 @@ def _bundled() -> tuple[UInt8[np.ndarray, "N h w"], Int64[np.ndarray, " N"]]:
             "The digits come with scikit-learn, which is not installed here: "
             'pip install "segmill[tta]".'
         ) from error
-    found = load_digits()
+    found: Any = load_digits()
     return found.images.astype(np.uint8), found.target.astype(np.int64)

@@ -30,6 +30,7 @@ class ImageData(lightning.LightningDataModule):
     colour as MMSegmentation does. `batch_size` is global.
     """
 
+    name: str  # pyright: ignore[reportIncompatibleVariableOverride]  (Lightning's may be None)
     depth_range = None
 
     def __init__(
@@ -131,7 +132,7 @@ class TrainImage:
     label: Int64[np.ndarray, "1 1"]
     valid: tuple[int, int, int, int]
     jitter: Float32[np.ndarray, " J"]
-    name: str
+    name: str  # pyright: ignore[reportIncompatibleVariableOverride]  (Lightning's may be None)
 
 
 class _Stream:
