@@ -64,8 +64,9 @@ class NMF(nn.Module):
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    # The meta device, on which networks are counted, knows none.
-    if not torch.amp.is_autocast_available(device.type):
+    # The meta device, on which networks are counted, knows none. (Not `is_autocast_available`:
+    # torch.compile cannot look into it.)
+    if device.type == "meta":
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
