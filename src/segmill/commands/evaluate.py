@@ -61,7 +61,7 @@ def score(
     trainer.test(module, dataloaders=data.eval_loader(split), verbose=False)
     seconds = time.perf_counter() - started
     return Scored(
-        data_name=data.name,
+        data_name=str(data.name),
         split=split,
         dataset=data.dataset(split),
         classes=segmenter.classes,

@@ -30,7 +30,6 @@ class ImageData(lightning.LightningDataModule):
     colour as MMSegmentation does. `batch_size` is global.
     """
 
-    name: str  # pyright: ignore[reportIncompatibleVariableOverride]  (Lightning's may be None)
     depth_range = None
 
     def __init__(
@@ -132,7 +131,7 @@ class TrainImage:
     label: Int64[np.ndarray, "1 1"]
     valid: tuple[int, int, int, int]
     jitter: Float32[np.ndarray, " J"]
-    name: str  # pyright: ignore[reportIncompatibleVariableOverride]  (Lightning's may be None)
+    name: str
 
 
 class _Stream:
