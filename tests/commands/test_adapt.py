@@ -134,7 +134,7 @@ def test_another_seed_shows_the_images_in_another_order(tmp_path: Path) -> None:
     (first, *_), (other, *_) = (results_of(run, "source") for run in runs)
     assert first.names != other.names
     assert sorted(first.names) == sorted(other.names)
-    np.testing.assert_array_equal(first.confusion, other.confusion)
+    np.testing.assert_array_equal(first.counts.confusion, other.counts.confusion)
 
 
 def test_a_task_after_another_is_as_a_fresh_run_unless_it_is_continual(tmp_path: Path) -> None:
