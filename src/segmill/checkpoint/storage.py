@@ -79,7 +79,7 @@ def decode(data: memoryview, element: Element) -> Shaped[np.ndarray, " N"]:
 def raw_bytes(array: Shaped[np.ndarray, "..."]) -> memoryview:
     """The elements in C order, little-endian, as files of weights hold them."""
     plain = np.asarray(array, array.dtype.newbyteorder("<"), order="C").reshape(-1)
-    return memoryview(plain.view(np.uint8)) if plain.size else memoryview(b"")
+    return plain.view(np.uint8).data if plain.size else memoryview(b"")
 
 
 def widen_bfloat16(raw: UInt16[np.ndarray, " N"]) -> Float32[np.ndarray, " N"]:

@@ -154,7 +154,6 @@ def _refuse_contradictions(typed: Sequence[str], run: str | None) -> None:
                 "count. Leave one of them out."
             )
 
-
     if run is not None and "weights" in typed and "run" not in typed:
         raise SegmillError(
             f"The experiment has run={run}, which brings its own weights, and weights=... would "

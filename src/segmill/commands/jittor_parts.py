@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jittor as jt
+import jittor as jt  # pyright: ignore[reportMissingImports]  # another environment's
 from omegaconf import DictConfig
 
 from segmill.checkpoint.choose import choose, file_of_run

@@ -24,8 +24,8 @@ class ExperimentSettings:
 class Published:
     """What others measured after training by this recipe; percent, null where nothing is printed.
 
-    `source` is a file of MMSegmentation 1.2.2, whose numbers stand in metafile.yaml of its folder, or
-    begins with the repository that it is in.
+    `source` is a file of MMSegmentation 1.2.2, whose numbers stand in metafile.yaml of its folder,
+    or begins with the repository that it is in.
     """
 
     mIoU: float | None  # noqa: N815  (the standard term; one scale)

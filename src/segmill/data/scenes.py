@@ -41,7 +41,7 @@ class Scene:
 def render_scene(seed: int, *, height: int, width: int) -> Sample:
     """The room of `seed` as training sees it: RGB and 8-bit depth (0..9 m), with its label."""
     scene = ray_cast(seed, height=height, width=width)
-    depth = depth_channel(scene.depth, DEPTH_RANGE)
+    depth = depth_channel(scene.depth, DEPTH_RANGE, f"room {seed}")
     return Sample(np.dstack([scene.image, depth]), scene.label, f"{seed:06d}")
 
 

@@ -54,7 +54,8 @@ def prepare() -> ModuleType:
     # Jittor's -Ofast makes the processor flush subnormal numbers, which numpy notices.
     warnings.filterwarnings("ignore", message="The value of the smallest subnormal")
     # At most one compiler a core, whatever the memory.
-    utilities.Pool = functools.partial(_small_pool, multiprocessing.Pool)
+    pool = functools.partial(_small_pool, multiprocessing.Pool)
+    utilities.Pool = pool  # pyright: ignore[reportAttributeAccessIssue]
     return importlib.import_module("jittor")
 
 

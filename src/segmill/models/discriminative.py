@@ -84,6 +84,6 @@ class Discriminative(nn.Module):
         label: Int[Tensor, "B _H _W"] | UInt8[Tensor, "B _H _W"],
         valid: Int64[Tensor, "B 4"] | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
-        """The network's loss terms, whose sum is the training loss. A classifier's label is 1 x 1."""
+        """The network's loss terms; their sum is the loss. A classifier's label is 1 x 1."""
         losses = self.network.losses
         return losses(self.normalise(image, valid), label.long())  # pyright: ignore[reportCallIssue]

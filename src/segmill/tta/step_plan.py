@@ -57,6 +57,4 @@ def step_plan(loader: DataLoader, *, accumulate: int, rank: int, processes: int)
             "classification's do; this one's gives all processes the same. Set "
             "trainer.share=classes."
         )
-    return StepPlan(
-        batches=tuple(found), accumulate=accumulate, rank=rank, processes=processes
-    )
+    return StepPlan(batches=tuple(found), accumulate=accumulate, rank=rank, processes=processes)

@@ -164,8 +164,8 @@ def test_averaged_weights_are_preferred(tmp_path: Path):
     torch.save(tree, tmp_path / "0400000.pt")
     made = guide(weights=str(tmp_path / "0400000.pt"))
     made.fill(torch.device("cpu"))
-    for name, value in own.state_dict().items():
-        assert torch.equal(made.network.state_dict()[name], value), name
+    for name, expected in own.state_dict().items():
+        assert torch.equal(made.network.state_dict()[name], expected), name
 
 
 def test_a_file_of_repa_loads_without_its_projectors(tmp_path: Path):
@@ -234,8 +234,8 @@ def test_a_sharded_network_is_filled_with_the_same_values(tmp_path: Path, mesh):
         for each in (*made.blocks(), made.network):
             fully_shard(each, mesh=mesh)
         made.fill(torch.device("cpu"))
-        for name, value in made.network.state_dict().items():
-            assert isinstance(value, DTensor)
-            assert torch.equal(value.full_tensor(), own.state_dict()[name]), name
+        for name, sharded in made.network.state_dict().items():
+            assert isinstance(sharded, DTensor)
+            assert torch.equal(sharded.full_tensor(), own.state_dict()[name]), name
         latent = made.encode(windows())
         made.predict(latent, torch.zeros(2), torch.zeros(2, 1).long()).sum().backward()
