@@ -180,8 +180,10 @@ def data_sets() -> Finding:
     for folder in config_folders():
         for file in sorted((folder / "data").glob("*.yaml")):
             node = OmegaConf.load(file)
-            given = not OmegaConf.is_missing(node, "data_root")
-            here = given and Path(node.data_root).exists()
+            missing = OmegaConf.is_missing(node, "data_root")
+            # The digits have no folder: a package brings them along.
+            root = None if missing else OmegaConf.select(node, "data_root")
+            here = not missing and (root is None or Path(root).exists())
             (present if here else absent).append(file.stem)
     found = f"found: {', '.join(present) or 'none'}; not here: {', '.join(absent) or 'none'}"
     remedy = "" if present else "say where: data.data_root=DIR; data=scenes makes its own"
