@@ -79,11 +79,8 @@ class Splits:
         if generate is not None:
             generate()
         self.name, self.classes = name, counted_classes(classes, num_classes)
-        self._folder: dict[str, Any] = {
-            "data_root": data_root,
-            "splits": splits,
-            "label_map": label_map,
-        }
+        self._folder: dict[str, Any] = {"data_root": data_root, "splits": splits}
+        self._folder |= {"label_map": label_map}
         self._folder |= {"image": image, "label": label, "label_format": label_format}
         self._folder |= depth_keys(depth, depth_range, channels)
         self.channels, self.depth_range = channels, self._folder["depth_range"]

@@ -68,13 +68,11 @@ class TaskData:
         _require_one_view(protocol)
         if label is None:
             raise DataError(f"data={name} has no labels (data.label is null): nothing to score by.")
-        self.name, self.classes = name, counted_classes(classes, num_classes)
-        self.num_classes, self.channels, self.workers = num_classes, channels, workers
-        self.batch_size = batch_size
-        self.crop, self.test_scale, self.protocol, self.seed = crop, test_scale, protocol, seed
-        self.tasks = tasks_of(corruptions, severities)
+        self.name, self.num_classes, self.channels = name, num_classes, channels
+        self.classes, self.workers = counted_classes(classes, num_classes), workers
+        self.crop, self.test_scale, self.batch_size = crop, test_scale, batch_size
+        self.protocol, self.seed, self.tasks = protocol, seed, tasks_of(corruptions, severities)
         files = depth_keys(depth, depth_range, channels)
-        self.depth_range = files["depth_range"]
         self._folders = TaskFolders(
             name=name,
             obtain=obtain,
@@ -89,6 +87,7 @@ class TaskData:
             classes=self.classes,
             **files,
         )
+        self.depth_range = files["depth_range"]
         # A `generate` without `_partial_` has already run when this is called.
         if on_the_fly and generate is not None:
             generate()
