@@ -26,6 +26,10 @@ SAME_DRAWS = (
     "model.network.decode_head.dropout=0.0",
 )
 
+# Share of the pixels. None differed where this was written; but two float32 implementations round
+# differently on every processor, and a pixel whose two best classes are that near may fall either way.
+NEAR_TIES = 1e-4
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -89,7 +93,8 @@ def test_both_give_a_model_the_same_scores(protocol: str, place: Path, trained: 
         folders.append(max(trained.glob(f"eval_*_{protocol}*"), key=lambda p: p.stat().st_mtime))
     first, second = (np.load(folder / "confusion.npy") for folder in folders)
     assert folders[0] != folders[1]
-    assert np.array_equal(first, second)
+    moved = np.abs(first - second).sum() // 2
+    assert moved <= NEAR_TIES * first.sum()
 
 
 def test_both_predict_the_same_classes(place: Path, trained: Path):
@@ -104,7 +109,7 @@ def test_both_predict_the_same_classes(place: Path, trained: Path):
             p for p in out.rglob("*.png") if p.parent.name != "overlay" and p.stem == image.stem
         ]
         labels.append(cv2.imread(str(index), cv2.IMREAD_UNCHANGED))
-    assert np.array_equal(*labels)
+    assert (labels[0] != labels[1]).mean() <= NEAR_TIES
 
 
 @pytest.mark.parametrize("first", BOTH)
