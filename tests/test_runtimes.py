@@ -27,7 +27,8 @@ SAME_DRAWS = (
 )
 
 # Share of the pixels. None differed where this was written; but two float32 implementations round
-# differently on every processor, and a pixel whose two best classes are that near may fall either way.
+# differently on every processor, and a pixel whose two best classes are that near may go either
+# way.
 NEAR_TIES = 1e-4
 
 
