@@ -309,7 +309,9 @@ def _resized_crop(
     if bottom * right <= _WARP_COST * height * width:
         # What lies below and to the right of the crop is left out; the rest keeps its phase.
         needed = image[: math.ceil(bottom / scale_y) + 2, : math.ceil(right / scale_x) + 2]
-        if needed.shape == image.shape:
+        # OpenCV copies where the rounded size stays, although the phase within it would not.
+        stays = [round(n * f) == n for n, f in zip(needed.shape, (scale_y, scale_x), strict=False)]
+        if needed.shape == image.shape or all(stays):
             return resize(image, size)[top:bottom, left:right]
         resized = cv2.resize(needed, None, None, scale_x, scale_y, cv2.INTER_LINEAR)
         return resized[top:bottom, left:right]
