@@ -47,6 +47,10 @@ class AdamW:
             for name, parameter in group["params"].items():
                 self._update(name, parameter, gradients[name], factors)
         jt.sync([*self.parameters.values(), *self.means.values(), *self.squares.values()])
+        # What was assigned without gradients would pass none on in the next step.
+        for parameter in self.parameters.values():
+            parameter.detach_inplace()
+            parameter.start_grad()
 
     def _update(self, name: str, parameter: jt.Var, gradient: jt.Var, factors: jt.Var) -> None:
         (slow, fast), mean, square = self.betas, self.means[name], self.squares[name]

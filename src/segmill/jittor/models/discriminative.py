@@ -45,14 +45,11 @@ class Discriminative(jt.Module):
         self.std = 255 * np.asarray(std, np.float32).reshape(-1, 1, 1)
 
     def train(self) -> "Discriminative":
-        """Training mode. Jittor's own also starts gradients, and those are wrong after `eval`."""
+        """Training mode; the optimizer alone decides which parameters have gradients."""
         return self._mode(training=True)
 
     def eval(self) -> "Discriminative":
-        """Evaluation mode; predictions are made without gradients anyway (`inference`).
-
-        Jittor's own stops the parameters' gradients, which a later `train` does not wholly undo.
-        """
+        """Evaluation mode; predictions are made without gradients anyway (`inference`)."""
         return self._mode(training=False)
 
     def _mode(self, *, training: bool) -> "Discriminative":
