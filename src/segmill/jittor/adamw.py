@@ -33,6 +33,7 @@ class AdamW:
             raise SegmillError("A parameter is in two groups of the optimizer. Name it in one.")
         self.means = {name: _zeros_like(p) for name, p in self.parameters.items()}
         self.squares = {name: _zeros_like(p) for name, p in self.parameters.items()}
+        self._settle()
 
     def step(self, gradients: Mapping[str, jt.Var]) -> None:
         """Update every parameter of the groups by its gradient, and wait for it."""
@@ -46,11 +47,19 @@ class AdamW:
             factors.stop_grad()
             for name, parameter in group["params"].items():
                 self._update(name, parameter, gradients[name], factors)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Compute what is pending, so that each step starts from the same graph: plain values.
+
+        What was assigned without gradients would pass none on in the next step, and what is not
+        computed yet would be fused into it, with other last bits than after a resume.
+        """
         jt.sync([*self.parameters.values(), *self.means.values(), *self.squares.values()])
-        # What was assigned without gradients would pass none on in the next step.
         for parameter in self.parameters.values():
             parameter.detach_inplace()
             parameter.start_grad()
+        jt.sync_all()
 
     def _update(self, name: str, parameter: jt.Var, gradient: jt.Var, factors: jt.Var) -> None:
         (slow, fast), mean, square = self.betas, self.means[name], self.squares[name]
@@ -78,6 +87,7 @@ class AdamW:
         for name in self.parameters:
             self.means[name].update(jt.array(state["exp_avg"][name]))
             self.squares[name].update(jt.array(state["exp_avg_sq"][name]))
+        self._settle()
 
 
 def _check(found: Mapping[str, Sequence[int]], parameters: Mapping[str, jt.Var]) -> None:
