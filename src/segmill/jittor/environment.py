@@ -12,6 +12,7 @@ import importlib
 import logging
 import multiprocessing
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -56,7 +57,9 @@ def prepare() -> ModuleType:
     # At most one compiler a core, whatever the memory.
     pool = functools.partial(_small_pool, multiprocessing.Pool)
     utilities.Pool = pool  # pyright: ignore[reportAttributeAccessIssue]
-    return importlib.import_module("jittor")
+    jittor = importlib.import_module("jittor")
+    jittor.flags.python_path = str(_python_at_home(home))
+    return jittor
 
 
 def jittor_home() -> Path:
@@ -99,6 +102,21 @@ def _user_home(folder: Path) -> Iterator[None]:
             del os.environ["HOME"]
         else:
             os.environ["HOME"] = before
+
+
+def _python_at_home(home: Path) -> Path:
+    """Python as a script that sets HOME; every compilation starts one, several at a time.
+
+    Each would read and write ~/.cache/jittor/config.json, and now and then reads half of it.
+    """
+    script = home / ".cache" / "jittor" / "python"
+    text = f'#!/bin/sh\nHOME={shlex.quote(str(home))} exec {shlex.quote(sys.executable)} "$@"\n'
+    if not script.is_file() or script.read_text() != text:
+        part = script.with_suffix(f".{os.getpid()}")
+        part.write_text(text)
+        part.chmod(0o755)
+        part.replace(script)
+    return script
 
 
 def _small_pool(pool: Callable[..., Any], processes: int, **keywords: Any) -> Any:
