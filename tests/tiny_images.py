@@ -17,7 +17,7 @@ from segmill.optim import SGD
 from segmill.tta.classification_record import ClassificationRecord
 from segmill.tta.module import TTAModule
 from segmill.tta.results import TaskResult
-from tiny_adapt import CLASSES, tiny_model, tiny_views
+from tiny_adapt import CLASSES, TinyGuide, tiny_model, tiny_views
 
 SIDE = 32
 LOSS: dict[str, Any] = {
@@ -43,13 +43,23 @@ class Pooled(nn.Module):
         return 8 * self.network(image).mean(dim=(2, 3), keepdim=True)
 
 
+class MixingGuide(TinyGuide):
+    """Mixes the predictions of the classes, where real guides mix their vectors."""
+
+    def predict_mixed(self, noisy_latent, t, classes, weights):
+        return (self.predict(noisy_latent, t, classes) * weights[..., None, None, None]).sum(dim=1)
+
+
 def tiny_classifier(**loss: Any) -> CombinedModel:
     """The same weights every time."""
     model = tiny_model(view=(SIDE, None, None), **LOSS | loss)
+    assert model.generative is not None
+    guide = MixingGuide(num_classes=CLASSES, view=model.generative.view)
+    guide.load_state_dict(model.generative.state_dict())
     model.discriminative.network = Pooled(model.discriminative.network)
     return CombinedModel(
         discriminative=model.discriminative,
-        generative=model.generative,
+        generative=guide,
         update=model.update,
         loss=model.loss,
     ).eval()

@@ -9,8 +9,11 @@ import torch
 
 import shared_images_work
 from segmill.errors import SegmillError
+from segmill.paths import CONFIGS
 from segmill.tta.dusa import Dusa
+from segmill.tta.dusa_u import DusaU
 from segmill.tta.sharding import average_gradients
+from segmill.tta.sharing import check_accumulates, check_shares_images
 from tiny_images import adapt_images, tiny_classifier
 from tiny_methods import method_of
 from tiny_processes import run_processes
@@ -20,7 +23,9 @@ pytestmark = pytest.mark.xdist_group("shared_images")
 
 # Float32 sums in another order, through three steps; gradients are between 1e-3 and 1.
 CLOSE = {"atol": 2e-6, "rtol": 1e-5}
-SHARED = [f"{s}, {name}" for s in ("ddp", "fsdp") for name in shared_images_work.METHODS]
+SHARED = [f"{s}, {name}" for s in ("ddp", "fsdp") for name in shared_images_work.shared(s)]
+ACCUMULATING, FIXED = shared_images_work.ACCUMULATING, shared_images_work.FIXED
+YAMLS = sorted(path.stem for path in (CONFIGS / "tta").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +41,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(found["weights"][name], weight, **CLOSE)
+    torch.testing.assert_close(found["prediction"], expected["prediction"], atol=1e-5, rtol=1e-5)
     assert found["names"] == expected["names"]
     assert np.array_equal(found["rank"], expected["rank"])
     np.testing.assert_allclose(found["confidence"], expected["confidence"], atol=1e-5)  # as above
@@ -43,7 +49,8 @@ def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 def test_all_methods_of_these_tests_learn(one: dict[str, Any]) -> None:
     before = dict(tiny_classifier().named_parameters())
-    for name, found in one.items():
+    for name in set(one) - FIXED - shared_images_work.ALONE:
+        found = one[name]
         moved = [(found["weights"][key] - each).abs().max() for key, each in before.items()]
         assert max(moved) > 100 * CLOSE["atol"], name
 
@@ -79,6 +86,7 @@ def test_both_processes_have_the_same_weights(two: list[dict[str, Any]]) -> None
     for name, found in first.items():
         for key, weight in found["weights"].items():
             assert torch.equal(weight, second[name]["weights"][key]), f"{name}: {key}"
+        assert torch.equal(found["prediction"], second[name]["prediction"]), f"{name}'s teacher"
 
 
 def test_accumulated_batches_make_the_step_of_one_large_batch(one: dict[str, Any]) -> None:
@@ -86,11 +94,53 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(one: dict[str, Any
         check(found, one[name])
 
 
-def test_methods_that_cannot_wait_for_their_step_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(SegmillError, match=r"trainer\.accumulate=2: SAR"):
-        adapt_images(
-            lambda model: method_of("sar", model), tmp_path, count=2, batch=1, accumulate=2
-        )
+def test_these_are_all_methods_of_the_configuration() -> None:
+    assert sorted(shared_images_work.METHODS) == YAMLS
+
+
+@pytest.mark.parametrize("name", sorted(set(YAMLS) - ACCUMULATING - FIXED))
+def test_methods_that_cannot_wait_for_their_step_are_refused_by_name(
+    name: str, tmp_path: Path
+) -> None:
+    method = shared_images_work.METHODS[name]
+    named = type(method(tiny_classifier())).__name__
+    with pytest.raises(SegmillError, match=rf"accumulate=2: {named} .*a larger data\.batch_size"):
+        adapt_images(method, tmp_path, count=2, batch=1, accumulate=2)
+
+
+def test_methods_without_steps_have_none_to_wait_for() -> None:
+    for name in FIXED:
+        check_accumulates(method_of(name, tiny_classifier()), 8, "after")
+
+
+@pytest.mark.parametrize("name", sorted(ACCUMULATING))
+def test_predictions_from_after_a_step_that_comes_later_are_refused(name: str) -> None:
+    method = shared_images_work.METHODS[name](tiny_classifier())
+    check_accumulates(method, 1, "after")
+    with pytest.raises(SegmillError, match=r"predict=after with trainer\.accumulate=2: \w+ updat"):
+        check_accumulates(method, 2, "after")
+
+
+@pytest.mark.parametrize("name", sorted(shared_images_work.ALONE))
+def test_sharded_weights_cannot_be_each_processs_own(name: str) -> None:
+    method = shared_images_work.METHODS[name](tiny_classifier())
+    check_shares_images(method, "ddp")
+    with pytest.raises(SegmillError, match=r"strategy=fsdp: \w+ learns .*trainer\.strategy=ddp"):
+        check_shares_images(method, "fsdp")
+
+
+@pytest.mark.parametrize("kind", [Dusa, DusaU])
+def test_a_step_a_window_is_not_shared_by_processes_with_other_images(kind: Any) -> None:
+    method = kind(model=tiny_classifier(), step="window")
+    with pytest.raises(SegmillError, match=rf"share=images: {kind.__name__} .*step=image"):
+        check_shares_images(method, "ddp")
+
+
+@pytest.mark.parametrize("name", sorted(shared_images_work.ALONE))
+def test_what_is_drawn_for_an_image_does_not_depend_on_its_batch(
+    one: dict[str, Any], name: str
+) -> None:
+    check(shared_images_work.found_of(name, batch=1), one[name])
 
 
 def test_dusa_with_a_step_a_window_cannot_accumulate(tmp_path: Path) -> None:

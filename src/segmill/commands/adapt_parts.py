@@ -33,7 +33,8 @@ from segmill.models.discriminative import Discriminative
 from segmill.protocol import Protocol
 from segmill.segmenter import open_segmenter
 from segmill.tta.method import Method
-from segmill.tta.module import TTAModule, check_accumulates
+from segmill.tta.module import TTAModule
+from segmill.tta.sharing import check_accumulates, check_shares_images
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,9 @@ class AdaptParts:
             try:
                 self._set(row)
                 methods[name] = build(row.config.tta.method, model=self.model)
-                check_accumulates(methods[name], self.settings.accumulate)
+                check_accumulates(methods[name], self.settings.accumulate, row.tta.predict)
+                if self.sharing > 1:
+                    check_shares_images(methods[name], self.settings.strategy)
                 if methods[name].parameters_to_update() and row.config.optimizer is None:
                     raise SegmillError(f"tta={row.config.method_name} needs an optimizer.")
             except SegmillError as error:

@@ -66,7 +66,7 @@ class CoTTA:
         teacher_logits = self.predict(views)
         logits = self.model.discriminative(views.image)
         loss = F.cross_entropy(logits.float(), teacher_logits.argmax(dim=1))
-        updater.backward(loss)
+        updater.backward(loss * views.weight)
         updater.step()
         parameters = self.parameters_to_update()
         source, teacher = self._weights(parameters)

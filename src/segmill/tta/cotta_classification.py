@@ -8,7 +8,7 @@ Follows: the authors' classification code, whose numbers for ImageNet are in
 """
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from segmill.errors import SegmillError
@@ -56,9 +56,9 @@ class CoTTAClassification:
         """Learn from a batch; the logits are the teacher's, which are the labels."""
         parameters = self.parameters_to_update()
         source, teacher = self._weights(parameters)
-        labels = self._labels(views.image, parameters, generator)
+        labels = self._labels(views, parameters, generator)
         loss = self._loss(self.model.discriminative(views.image), labels)
-        updater.backward(loss)
+        updater.backward(loss * views.weight)
         updater.step()
         teacher.follow(parameters, momentum=self.momentum)
         return_some(parameters, source, share=self.restore, generator=generator)
@@ -86,11 +86,12 @@ class CoTTAClassification:
     @torch.no_grad()
     def _labels(
         self,
-        image: UInt8[Tensor, "B C H W"],
+        views: Views,
         parameters: dict[str, nn.Parameter],
         generator: torch.Generator,
     ) -> Float[Tensor, "B K h w"]:
         source, teacher = self._weights(parameters)
+        image = views.image
         with source.installed(parameters):
             logits = self.model.discriminative(image)
         if logits.shape[2:] != (1, 1):
@@ -99,14 +100,17 @@ class CoTTAClassification:
                 "fit no segmented image. The same method for segmentation is tta=cotta."
             )
         confidence = logits.float().softmax(dim=1).amax(dim=1).mean()
-        # All processes decide alike, also of different images.
-        sure = float(over_processes(confidence)) / world_size() >= self.threshold
+        # All processes decide alike, also of different images, of which one may have more.
+        sure = float(over_processes(confidence * views.weight)) / world_size() >= self.threshold
+        draws = views.generators(generator)
         with teacher.installed(parameters):
             if sure:
                 return self.model.discriminative(image)
             total = torch.zeros_like(logits, dtype=torch.float32)
             for _ in range(self.copies):
-                total += self.model.discriminative(strongly_jittered(image, generator)).float()
+                total += self.model.discriminative(
+                    strongly_jittered(image, generator, draws)
+                ).float()
         return total / self.copies
 
     def _loss(

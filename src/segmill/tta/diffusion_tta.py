@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from segmill.errors import SegmillError
 from segmill.models.combined import CombinedModel
 from segmill.models.generative.guide import MixingGuide
-from segmill.tta.method import Updater, Views
+from segmill.tta.method import SharedImages, Updater, Views
 from segmill.tta.weight_sets import WeightSet
 
 
@@ -26,6 +26,8 @@ class DiffusionTTA:
     classes that are most probable before the first step are mixed (null: all). `model.update`
     says what learns.
     """
+
+    shared_images: SharedImages = "alone"
 
     def __init__(
         self,
@@ -74,11 +76,10 @@ class DiffusionTTA:
         if self._source is None:
             self._source = WeightSet(parameters)
         logits, losses = [], []
-        pairs = zip(views.image.split(1), views.original.split(1), strict=True)
-        for image, original in pairs:
-            losses.append(self._learn(image, original, updater, generator))
+        for alone, draws in views.each(generator):
+            losses.append(self._learn(alone.image, alone.original, updater, draws))
             with torch.no_grad():
-                logits.append(self.model.discriminative(image))
+                logits.append(self.model.discriminative(alone.image))
             self._source.put_into(parameters)
             updater.forget()
         self._last = views, torch.cat(logits)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from segmill.models.combined import CombinedModel, Windows
-from segmill.tta.method import Updater, Views
+from segmill.tta.method import SharedImages, Updater, Views
 from segmill.tta.window_steps import adapt_by_windows
 
 
@@ -28,6 +28,7 @@ class Dusa:
         self.model = model
         self.step: Literal["image", "window"] = step
         self.accumulates = step == "image"
+        self.shared_images: SharedImages = "together" if step == "image" else "never"
 
     def parameters_to_update(self) -> dict[str, nn.Parameter]:
         """As `model.update` says."""

@@ -59,7 +59,7 @@ class EATA:
         """Learn from a batch; where nothing is worth it nothing is learnt, and the loss is 0."""
         logits = self.model.discriminative(views.image)
         if self.fisher is not None and self.fisher.gathers:
-            return logits.detach(), self._gather(self.fisher, logits, updater)
+            return logits.detach(), self._gather(self.fisher, views, logits, updater)
         margin = self.entropy_share * math.log(logits.shape[1])
         entropy = pixel_entropy(logits)
         prob = logits.detach().float().softmax(dim=1)
@@ -90,12 +90,15 @@ class EATA:
             self.fisher.reset()
 
     def _gather(
-        self, fisher: Fisher, logits: Float[Tensor, "B K h w"], updater: Updater
+        self, fisher: Fisher, views: Views, logits: Float[Tensor, "B K h w"], updater: Updater
     ) -> Float[Tensor, ""]:
         """The gradients of this batch, for Fisher alone; returns the loss that they are of."""
         loss = F.cross_entropy(logits.float(), logits.argmax(dim=1))
-        updater.backward(loss)
-        fisher.gather(self.parameters_to_update(), images=len(logits))
+        updater.backward(loss * views.weight)
+        images = logits.new_tensor(float(len(logits)))
+        if not self.model.shares_classes:
+            images = over_processes(images)
+        fisher.gather(self.parameters_to_update(), images=int(images))
         updater.zero_grad()
         return loss.detach()
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from segmill.errors import SegmillError
 from segmill.models.combined import DISCRIMINATIVE, CombinedModel
 from segmill.tta.augmix import augmix_copies
-from segmill.tta.method import Updater, Views
+from segmill.tta.method import SharedImages, Updater, Views
 from segmill.tta.mixed_statistics import MixedStatistics
 from segmill.tta.weight_sets import WeightSet
 
@@ -29,6 +29,8 @@ class MEMO:
     a third more time. `prior_strength` N lets BatchNorm normalise by N parts of the stored
     statistics and one of the pass's; null: by the stored ones alone.
     """
+
+    shared_images: SharedImages = "alone"
 
     def __init__(
         self,
@@ -63,10 +65,10 @@ class MEMO:
         if self._source is None:
             self._source = WeightSet(parameters)
         logits, losses = [], []
-        for image in views.image.split(1):
-            losses.append(self._learn(image[0], updater, generator))
+        for alone, draws in views.each(generator):
+            losses.append(self._learn(alone.image[0], updater, draws))
             with torch.no_grad():
-                logits.append(self._logits(image))
+                logits.append(self._logits(alone.image))
             self._source.put_into(parameters)
             updater.forget()
         self._last = views, torch.cat(logits)

@@ -1,7 +1,7 @@
 """What the harness asks of an adaptation method, and what it gives it."""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -17,7 +17,7 @@ class Views:
     `image` is resized by the evaluation protocol, for the discriminative model; `original` has the
     file's size, and the guide resizes it for itself. `seeds`, one for each image, are for what is
     drawn for it alone; without them it is drawn as the step's own draws are. `weight` is what their
-    mean loss counts in the step, where several batches make one.
+    mean loss counts in the step, where several batches, or processes' images, make one.
     """
 
     image: UInt8[Tensor, "B C H W"]
@@ -30,6 +30,16 @@ class Views:
         if not self.seeds:
             return of_step
         return [torch.Generator(of_step.device).manual_seed(seed) for seed in self.seeds]
+
+    def each(self, of_step: torch.Generator) -> list[tuple["Views", torch.Generator]]:
+        """Image by image, with the generator of its draws; weights are left out."""
+        found = self.generators(of_step)
+        generators = [found] * len(self.image) if isinstance(found, torch.Generator) else found
+        pairs = zip(self.image.split(1), self.original.split(1), strict=True)
+        return [
+            (Views(image=image, original=original), generator)
+            for (image, original), generator in zip(pairs, generators, strict=True)
+        ]
 
 
 @runtime_checkable
@@ -87,3 +97,20 @@ class Accumulates(Protocol):
     """
 
     accumulates: bool
+
+
+SharedImages = Literal["together", "alone", "never"]
+
+
+@runtime_checkable
+class SharesImages(Protocol):
+    """A method that says what becomes of it where every process has other images.
+
+    `together`: processes learn one set of weights. What is given to `backward` is averaged over
+    them, so each makes the same passes, whatever it sees; draws of the step itself do not depend
+    on how many images a process has. That is so of methods that say nothing. `alone`: each image is
+    learnt by itself, from the source; processes do not wait for each other and have all weights.
+    `never`: the steps do not fit together.
+    """
+
+    shared_images: SharedImages

@@ -25,7 +25,7 @@ from segmill.evidence import write_evidence
 from segmill.models.combined import CombinedModel
 from segmill.optim import OptimizerSettings
 from segmill.tta.batch_statistics import BatchStatistics
-from segmill.tta.method import Accumulates, Method, Views
+from segmill.tta.method import Method, Views
 from segmill.tta.record import Record, names_of
 from segmill.tta.sharding import (
     Snapshot,
@@ -34,6 +34,12 @@ from segmill.tta.sharding import (
     repeated_blocks,
     shard,
     world_size,
+)
+from segmill.tta.sharing import (
+    accumulates,
+    check_accumulates,
+    check_shares_images,
+    shared_images,
 )
 from segmill.tta.step_plan import step_plan
 from segmill.tta.updaters import DirectUpdater, GatheringUpdater
@@ -94,7 +100,7 @@ class TTAModule(lightning.LightningModule):
         self, method: Method, optimizer: OptimizerSettings | None, *, batch_statistics: bool
     ) -> None:
         """Go on with another method; the weights are the source's, whatever the last one did."""
-        check_accumulates(method, self.accumulate)
+        check_accumulates(method, self.accumulate, self.predict)
         if self._snapshot is not None:
             self.reset()
             self._snapshot = None
@@ -172,7 +178,10 @@ class TTAModule(lightning.LightningModule):
             processes=world_size() if shared else 1,
         )
         updated = list(self.method.parameters_to_update().values())
-        averages = shared and self.strategy_name == "ddp"
+        if shared:
+            check_shares_images(self.method, self.strategy_name)
+        alone = shared_images(self.method) == "alone"
+        averages = shared and self.strategy_name == "ddp" and not alone
         gathers = accumulates(self.method) and (shared or self.accumulate > 1)
         updater = GatheringUpdater if gathers else DirectUpdater
         self._updater = updater(self, updated if averages else [])
@@ -187,7 +196,7 @@ class TTAModule(lightning.LightningModule):
             image=batch["image"],
             original=batch["original"],
             seeds=seeds,
-            weight=plan.factor(batch_idx) if isinstance(updater, GatheringUpdater) else 1.0,
+            weight=plan.factor(batch_idx),
         )
         # What is drawn for the step, for its weights above all, is the same on every process.
         step_seed, _ = self._draw_seeds(plan.batches[batch_idx].start)
@@ -240,22 +249,6 @@ class TTAModule(lightning.LightningModule):
             f"The loss of image {', '.join(names)} (number {seen + 1} of its task) "
             f"is {loss}.{kept} Usual causes: optimizer.learning_rate is too high for this model, "
             "or the guide's weights are not what model.generative says."
-        )
-
-
-def accumulates(method: Method) -> bool:
-    """Whether its step may wait for further batches."""
-    return isinstance(method, Accumulates) and method.accumulates
-
-
-def check_accumulates(method: Method, accumulate: int) -> None:
-    """Refuse a method that needs every step at once."""
-    if accumulate > 1 and method.parameters_to_update() and not accumulates(method):
-        raise SegmillError(
-            f"trainer.accumulate={accumulate}: {type(method).__name__} as it is set takes its own "
-            "steps on every batch (it looks at the weights after them, throws gradients away, or "
-            "steps more than once), so gradients cannot be gathered over batches. Set "
-            "trainer.accumulate=1 and a larger data.batch_size."
         )
 
 

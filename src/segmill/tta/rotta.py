@@ -5,6 +5,8 @@ Paper:   Yuan et al., "Robust Test-Time Adaptation in Dynamic Scenarios", CVPR 2
 Follows: the paper and its public code, whose numbers are in configs/tta/rotta.yaml. Scale and shift
          of all kinds of normalisation layers learn (there: BatchNorm's). A network without
          BatchNorm has no statistics to move; memory, teacher and the weights by age remain.
+         Processes with other images each have one memory of the images of all, in the stream's
+         order, and take the same steps on it: so they do what one process does.
 """
 
 import torch
@@ -18,6 +20,7 @@ from segmill.tta.entropy import pixel_entropy
 from segmill.tta.method import Updater, Views
 from segmill.tta.mixed_statistics import MixedStatistics
 from segmill.tta.norm_layers import norm_layers
+from segmill.tta.selection import rows_of_processes
 from segmill.tta.strong_jitter import strongly_jittered
 from segmill.tta.weight_sets import WeightSet
 
@@ -64,15 +67,18 @@ class RoTTA:
         """Remember the batch and learn when it is time; the loss of no step is 0."""
         logits = self.predict(views)
         memory = self._memory_for(logits)
-        entropy = pixel_entropy(logits).flatten().tolist()
-        predicted = logits.argmax(dim=1).flatten().tolist()
+        news = views.image, logits.argmax(dim=1).flatten(), pixel_entropy(logits).flatten()
+        if not self.model.shares_classes:
+            news = tuple(rows_of_processes(each) for each in news)
+        images, predicted, entropy = news
         losses = [logits.new_zeros(())]
-        for image, of_class, unsure in zip(views.image, predicted, entropy, strict=True):
+        for image, of_class, unsure in zip(
+            images, predicted.tolist(), entropy.tolist(), strict=True
+        ):
             memory.add(image.clone(), of_class, unsure)
             self._seen += 1
             if self._seen % self.update_every == 0:
-                images, ages = memory.content()
-                losses.append(self._step(images, ages, updater, generator))
+                losses.append(self._step(*memory.content(), updater, generator))
         return logits, torch.stack(losses[1:] or losses).mean()
 
     @torch.no_grad()

@@ -1,11 +1,11 @@
-"""Means over what a method has chosen, the same on every process, whichever images each one sees.
+"""Sums, rows and means over processes, the same on each of them, whichever images it sees.
 
 Gradients are averaged over the processes. So each process gives its own share of the mean, times
 their number; where all see the same image that is the mean itself.
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, distributed
 
 from segmill.tta.sharding import world_size
@@ -17,6 +17,21 @@ def over_processes(own: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     if world_size() > 1:
         distributed.all_reduce(total)
     return total
+
+
+def rows_of_processes(own: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "N ..."]:
+    """The rows of all processes, in the order of the processes; each may have another number."""
+    if world_size() == 1:
+        return own
+    count = torch.tensor(len(own), device=own.device)
+    counts = [torch.zeros_like(count) for _ in range(world_size())]
+    distributed.all_gather(counts, count)
+    lengths = [int(each) for each in counts]
+    padded = own.new_zeros((max(lengths), *own.shape[1:]))
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in lengths]
+    distributed.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
 def selected_mean(

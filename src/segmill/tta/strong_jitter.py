@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from segmill.draws import Generators
+from segmill.draws import drawn as drawn_rows
 from segmill.errors import SegmillError
 
 Image = Float[Tensor, "B 3 H W"]  # RGB in 0..1
@@ -36,9 +38,12 @@ NOISE = 0.005
 
 
 def strongly_jittered(
-    image: UInt8[Tensor, "B C H W"], generator: torch.Generator
+    image: UInt8[Tensor, "B C H W"], generator: torch.Generator, of_images: Generators | None = None
 ) -> Float[Tensor, "B C H W"]:
-    """RGB of 0..255, changed at random; what is drawn are a few numbers, then the noise."""
+    """RGB of 0..255, changed at random: a few numbers from `generator`, which all images share.
+
+    Then the noise, from `of_images` if there are any.
+    """
     if image.shape[1] != 3:
         raise SegmillError(
             f"This method's augmentations are for RGB images; these have {image.shape[1]} "
@@ -50,7 +55,11 @@ def strongly_jittered(
         for (name, (low, high)), share in zip(RANGES.items(), drawn, strict=False)
     }
     order = sorted(COLOURS, key=lambda name: drawn[len(RANGES) + list(RANGES).index(name)])
-    noise = torch.randn(image.shape, generator=generator, device=generator.device)
+    noise = drawn_rows(
+        lambda count, of: torch.randn((count, *image.shape[1:]), generator=of, device=of.device),
+        len(image),
+        generator if of_images is None else of_images,
+    )
     changed = image.float() / 255
     for name in order:
         changed = COLOURS[name](changed, values[name])
