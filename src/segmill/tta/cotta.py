@@ -9,12 +9,13 @@ Follows: the authors' segmentation code (SegFormer, Cityscapes to ACDC), whose n
          classification code is another: cotta_classification.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from segmill.errors import SegmillError
 from segmill.models.combined import DISCRIMINATIVE, CombinedModel
@@ -106,11 +107,32 @@ class CoTTA:
         probs: list[Tensor] = []
         for ratio in self.ratios:
             scaled = self._scaled(image, ratio)
-            probs.append(self._prob(scaled, size))
+            with self._taken(scaled, ratio):
+                probs.append(self._prob(scaled, size))
             if self.flip:  # not in one batch: each view has BatchNorm statistics of its own
                 probs.append(self._prob(scaled.flip(dims=(3,)), size).flip(dims=(3,)))
         plain = probs[self.ratios.index(1) * (2 if self.flip else 1)]
         return plain, torch.stack(probs).mean(dim=0)
+
+    @contextmanager
+    def _taken(
+        self, view: UInt8[Tensor, "B C H W"] | Float[Tensor, "B C H W"], ratio: float
+    ) -> Iterator[None]:
+        """The network has taken the image as it is, so an error is about the view's size."""
+        try:
+            yield
+        except (RuntimeError, AssertionError) as error:  # torch's, and timm's of a fixed size
+            if ratio == 1 or isinstance(error, torch.OutOfMemoryError | distributed.DistError):
+                raise
+            network = type(self.model.discriminative.network).__name__
+            reason = str(error).strip().partition("\n")[0]
+            raise SegmillError(
+                f"tta.method.ratios={list(self.ratios)}: {network} takes no image of "
+                f"{view.shape[2]} x {view.shape[3]} pixels, which ratio {ratio:g} and "
+                f"tta.method.multiple={self.multiple} make ({reason}). Leave {ratio:g} out of "
+                "tta.method.ratios, or raise tta.method.multiple to what the network halves its "
+                "images down to; for networks of one size tta.method.ratios=[1.0]."
+            ) from error
 
     def _prob(
         self, view: UInt8[Tensor, "B C H W"] | Float[Tensor, "B C H W"], size: tuple[int, int]

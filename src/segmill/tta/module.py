@@ -75,7 +75,8 @@ class TTAModule(lightning.LightningModule):
         self.automatic_optimization = False
         self.model = model
         self.new_record, self.seed = new_record, seed
-        self.predict, self.compiled, self.evidence = predict, compiled, evidence
+        self.predict: Literal["before", "after"] = predict
+        self.compiled, self.evidence = compiled, evidence
         self.accumulate = accumulate
         self.share: Literal["classes", "images"] = share
         self.strategy_name: Literal["fsdp", "ddp"] = strategy
