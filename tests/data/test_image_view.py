@@ -5,6 +5,7 @@ import pytest
 import timm.data
 from PIL import Image
 
+from segmill.data.files import DataError
 from segmill.data.image_view import ImageView
 
 
@@ -47,3 +48,11 @@ def test_without_a_size_of_its_own_the_guide_gets_the_classifiers_view():
     image = photograph(300, 400)
     one = view(guide_size=None)
     np.testing.assert_array_equal(one.guide(image), one.classifier(image))
+
+
+def test_without_a_rule_only_images_of_the_right_size_are_taken():
+    """The rule is the classifier's; where nobody knows it, it is not guessed."""
+    unknown = view(crop_pct=None, interpolation=None)
+    assert unknown.classifier(photograph(224, 224)).shape == (224, 224, 3)
+    with pytest.raises(DataError, match=r"300 x 400 .* data\.view\.crop_pct=0\.875"):
+        unknown.classifier(photograph(300, 400))

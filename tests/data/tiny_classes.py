@@ -50,6 +50,8 @@ def classification(name: str, **changes: Any) -> ClassificationTaskData:
     config.data.workers = 0
     if name.startswith("imagenet"):
         config.data.num_classes = len(WNIDS)
+        # ConvNeXt-L's, as segmill adapt fills them in.
+        config.data.view.update({"crop_pct": 0.875, "interpolation": "bicubic"})
     for key, value in changes.items():
         OmegaConf.update(config.data, key.replace("__", "."), value, force_add=True)
     seed = config.data.pop("seed", 0)

@@ -118,6 +118,19 @@ def test_an_unknown_model_gets_a_suggestion():
         ImageClassifier(model_name="convnext_atom", num_classes=5, options={})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_name": "convnext_atto.nope"}, r"no convnext_atto with the tag 'nope'.*d2_in1k"),
+        ({"options": {"dephts": [1, 1, 1, 1]}}, r"does not take network\.options=.*dephts"),
+    ],
+)
+def test_a_tag_or_an_option_that_timm_does_not_know_is_refused(changes: dict, message: str):
+    keys = {"model_name": "convnext_atto", "num_classes": 5, "options": SMALL}
+    with pytest.raises(SegmillError, match=message):
+        ImageClassifier(**{**keys, **changes})
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_its_tag_and_has_timms_statistics(name: str):
     text = (CONFIGS / f"model/discriminative/classifier/{name}.yaml").read_text(encoding="utf-8")

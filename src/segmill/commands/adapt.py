@@ -15,6 +15,7 @@ from segmill.commands.adapt_parts import MIXED, AdaptParts, build_adapt_parts
 from segmill.commands.adapt_pictures import Pictures
 from segmill.commands.adapt_report import write_results
 from segmill.commands.adapt_rows import Row, rows_of, saved_rows
+from segmill.commands.classifier_view import follow_timm
 from segmill.commands.run_folder import new_run_folder, write_provenance
 from segmill.commands.trainer import build_loggers, finish_loggers
 from segmill.configuration import Invocation, build
@@ -36,6 +37,7 @@ def compare(config: DictConfig, context: Invocation) -> list[MethodResult]:
     resumed = None if config.resume is None else Path(config.resume)
     if resumed is None:
         rows = rows_of(config, context)
+        follow_timm(config, [row.config for row in rows.values()])
     else:
         config, rows = saved_rows(resumed, context)
     lightning.seed_everything(config.seed, workers=True, verbose=False)

@@ -22,17 +22,20 @@ Box = tuple[float, float, float, float]
 class ImageView:
     """Sizes in pixels. An image that has the classifier's size already is taken as it is.
 
+    `crop_pct` (the share of the short side that is kept) and `interpolation` may be null where no
+    image is of another size: `segmill adapt` fills in what timm says of the classifier.
     `guide_size` is the side of what the guide gets: the same part of the image, made of its
     original pixels; null gives it the classifier's view.
     """
 
     size: int
-    crop_pct: float
-    interpolation: Literal["bicubic", "bilinear"]
+    crop_pct: float | None
+    interpolation: Literal["bicubic", "bilinear"] | None
     guide_size: int | None
 
     def __post_init__(self) -> None:
-        if min(self.size, self.guide_size or 1) < 1 or not 0 < self.crop_pct <= 1:
+        share = 1.0 if self.crop_pct is None else self.crop_pct
+        if self.size < 1 or (self.guide_size or 1) < 1 or not 0 < share <= 1:
             raise DataError(
                 f"data.view.size={self.size}, data.view.guide_size={self.guide_size}, "
                 f"data.view.crop_pct={self.crop_pct}: sizes are above 0, and crop_pct is the share "
@@ -45,6 +48,7 @@ class ImageView:
         if height == width == self.size:
             return image
         top, left, resized = self._layout(height, width)
+        assert self.interpolation is not None  # _layout has refused it
         picture = Image.fromarray(image).resize(resized, _FILTERS[self.interpolation])
         return np.array(picture)[top : top + self.size, left : left + self.size]
 
@@ -59,6 +63,13 @@ class ImageView:
 
     def _layout(self, height: int, width: int) -> tuple[int, int, tuple[int, int]]:
         """First row and column of the crop, and (width, height) of what it is cut from."""
+        if self.crop_pct is None or self.interpolation is None:
+            raise DataError(
+                f"An image is {height} x {width} and the classifier takes {self.size} x "
+                f"{self.size}, but data.view.crop_pct or data.view.interpolation is null, and timm "
+                "has no data config of this model that would say them. Set both as in its "
+                "training, for example data.view.crop_pct=0.875 data.view.interpolation=bicubic."
+            )
         short = math.floor(self.size / self.crop_pct)
         if height <= width:
             rows, columns = short, short * width // height

@@ -35,13 +35,21 @@ class ImageClassifier(nn.Module):
                 f"timm {timm.__version__} has no model {model_name!r} (network.model_name). Close "
                 f"names: {close or 'none'}. timm.list_models() prints all of them."
             )
+        published(model_name)  # refuses an unknown tag
         self.name, self.num_classes = model_name, num_classes
-        self.backbone: Any = timm.create_model(
-            model_name, pretrained=False, num_classes=num_classes, **options
-        )
+        try:
+            self.backbone: Any = timm.create_model(
+                model_name, pretrained=False, num_classes=num_classes, **options
+            )
+        except TypeError as error:
+            raise SegmillError(
+                f"timm's {model_name} does not take network.options={dict(options)} ({error}). "
+                "They are keywords of timm's constructor of this model."
+            ) from error
 
     def forward(self, image: Image) -> Float[Tensor, "B K 1 1"]:
-        return self.backbone(image)[:, :, None, None]
+        # A copy: of a view, sharding (FSDP2) cannot see changes in place, and says so every time.
+        return self.backbone(image)[:, :, None, None].clone()
 
     def features(self, image: Image) -> Float[Tensor, "B D"]:
         """What the last layer classifies: pooled, and normalised where the model does so."""
@@ -53,3 +61,15 @@ class ImageClassifier(nn.Module):
         logits = self.backbone(image)
         total = F.cross_entropy(logits, label, ignore_index=NO_LABEL, reduction="sum")
         return {"classifier.loss_ce": total / (label != NO_LABEL).sum().clamp(min=1)}
+
+
+def published(model_name: str) -> Any:
+    """timm's data config of a model's weights, None if it has none; an unknown tag is refused."""
+    architecture, _, tag = model_name.partition(".")
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+    if tag and timm.is_model(architecture) and tag not in tags:
+        raise SegmillError(
+            f"timm {timm.__version__} has no {architecture} with the tag {tag!r} "
+            f"(network.model_name={model_name}). Its tags: {', '.join(tags) or 'none'}."
+        )
+    return timm.get_pretrained_cfg(model_name)
