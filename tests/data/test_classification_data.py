@@ -211,13 +211,16 @@ def test_the_cameras_rotation_is_not_applied(own: Path):
     assert image[0, 0, 0] < image[0, 0, -1]
 
 
-@pytest.mark.parametrize("damaged", [b"", b"no image", picture("RGB")[:2000]])
+@pytest.mark.parametrize(
+    "damaged", [b"", b"no image", picture("RGB")[:2000], b"\x89PNG\r\n\x1a\n" + bytes(40)]
+)
 def test_an_unreadable_file_is_named(own: Path, damaged: bytes):
     data = imagenet_c(own, corruptions=["fog"])
     file = own / "fog" / "5" / WNIDS[1] / "ILSVRC2012_val_00000002.JPEG"
     file.write_bytes(damaged)
-    with pytest.raises(DataError, match=rf"{file} \({len(damaged)} bytes\) cannot be decoded"):
+    with pytest.raises(DataError, match=rf"{file} \({len(damaged)} bytes\) cannot be") as caught:
         batches(data, 0)
+    assert "object at 0x" not in str(caught.value)
 
 
 def test_a_file_of_16_bits_is_refused(own: Path):
@@ -226,74 +229,6 @@ def test_a_file_of_16_bits_is_refused(own: Path):
     data = imagenet_c(own, corruptions=["fog"])
     with pytest.raises(DataError, match=r"has the mode I;16.*to 8 bit"):
         batches(data, 0)
-
-
-def test_an_absent_root_says_what_belongs_there(tmp_path: Path):
-    root = tmp_path / "nowhere"
-    with pytest.raises(DataError) as caught:
-        imagenet_c(root)
-    text = str(caught.value)
-    assert f"There is no folder {root} (wanted: {root}/fog/5/CLASS/*.JPEG)" in text
-    assert "Set data.data_root" in text
-    assert "zenodo.org/records/2235448" in text
-    assert "\n" not in text
-
-
-def test_a_root_one_folder_off_is_corrected(written: Path):
-    for root in (written / "fog", written / "fog" / "5", written.parent):
-        with pytest.raises(
-            DataError, match=rf"It is in {written}: set data\.data_root={written}\."
-        ):
-            imagenet_c(root)
-
-
-def test_the_root_of_another_data_set_is_refused_with_what_it_holds(tmp_path: Path):
-    write_classes(tmp_path / "val")
-    with pytest.raises(
-        DataError, match=r"fog/5 does not exist or has no images.*which holds val\)"
-    ):
-        imagenet_c(tmp_path)
-    with pytest.raises(DataError, match=rf"set data\.data_root={tmp_path}\."):
-        classification("imagenet", data_root=str(tmp_path / "val"))
-
-
-def test_images_outside_of_class_folders_are_refused(own: Path, tmp_path: Path):
-    flat = tmp_path / "flat"
-    for file in (own / "fog" / "5").rglob("*.JPEG"):
-        (flat / "val").mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, flat / "val" / file.name)
-    with pytest.raises(DataError, match=r"ILSVRC2012_val_\d+\.JPEG: .* Sort the images into one"):
-        classification("imagenet", data_root=str(flat))
-    shutil.move(own / "fog" / "5", own / "inner")
-    shutil.move(own / "inner", own / "fog" / "5" / "validation")
-    with pytest.raises(DataError, match=r"validation/n01440764/.* its folder is none here"):
-        imagenet_c(own)
-
-
-def test_a_class_that_one_corruption_lacks_is_named(own: Path):
-    shutil.rmtree(own / "snow" / "5" / WNIDS[1])
-    with pytest.raises(
-        DataError, match=rf"snow/5 are not the 3 expected .* lacks 1 \({WNIDS[1]}\)"
-    ):
-        imagenet_c(own)
-    with pytest.raises(DataError, match=rf"fog/5 .* it has besides 1 \({WNIDS[1]}\)"):
-        imagenet_c(own, corruptions=["snow", "fog"], num_classes=2)
-
-
-def test_missing_wnids_of_the_whole_imagenet_are_named(own: Path):
-    with pytest.raises(DataError, match=r"lacks 997 \(n01484850, n01491361, .* and 992 more\)"):
-        imagenet_c(own, num_classes=1000)
-
-
-def test_another_number_of_classes_than_asked_for_is_refused(written: Path):
-    with pytest.raises(DataError, match=r"num_classes=5, but .* 3 classes.*num_classes=3"):
-        imagenet_c(written, num_classes=5)
-
-
-def test_an_image_that_one_task_lacks_is_named(own: Path):
-    (own / "snow" / "5" / WNIDS[1] / "ILSVRC2012_val_00000002.JPEG").unlink()
-    with pytest.raises(DataError, match=r"02_snow_5 lacks 1 of 6 images.*n01443537/ILSVRC2012_val"):
-        imagenet_c(own)
 
 
 def test_imagenets_classes_are_its_1000_wnids_in_order():

@@ -31,9 +31,11 @@ class ClassFolders:
         self._root, self._pattern, self._obtain = Path(data_root), images, obtain
         self._files: Folder | Archive | None = None
         self._listed: dict[str, list[str]] = {}
+        self._wanted: list[str] = []  # the folders of all tasks
 
     def require_tasks(self, tasks: Sequence[Task], *, on_the_fly: bool) -> None:
         """Refuse a pattern that gives several tasks the same files, or corrupts them twice."""
+        self._wanted = [filled(self._pattern, task) for task in tasks]
         for field in ("corruption", "severity"):
             values = {getattr(task, field) for task in tasks}
             if on_the_fly and f"{{{field}}}" in self._pattern:
@@ -77,25 +79,37 @@ class ClassFolders:
         try:
             return open_files(self._root)
         except DataError:
+            if self._root.is_file():
+                what = f"data.data_root={self._root} is a file, and neither a folder nor a .zip"
+                remedy = "Unpack it, and give the folder that it becomes."
+            else:
+                seen = "" if self._root.is_absolute() else f", seen from {Path.cwd()}"
+                what = f"There is no folder {self._root}{seen}"
+                remedy = self._remedy(folder)
             raise DataError(
-                f"There is no folder {self._root} (wanted: {self._root / folder}/CLASS/*.JPEG). "
-                f"{self._remedy(folder)}"
+                f"{what} (wanted: {self._root / folder}/CLASS/*.JPEG). {remedy}"
             ) from None
 
     def _in_class_folders(self, paths: list[str], folder: str) -> list[str]:
         where = self._root / folder
         if not paths:
+            absent = "has no images" if where.is_dir() else "does not exist"
             raise DataError(
-                f"The folder {where} does not exist or has no images (wanted: {where}/CLASS/*.JPEG)"
-                f". {self._remedy(folder)}"
+                f"The folder {where} {absent} (wanted: {where}/CLASS/*.JPEG, or .jpg or .png). "
+                f"{self._remedy(folder)}"
             )
         wrong = next((path for path in paths if path.count("/") != 1), None)
         if wrong is not None:
-            deep = "its folder" if "/" in wrong else "no folder"
+            if "/" in wrong:
+                remedy = "lies one folder too deep. Move the class folders up."
+            else:
+                remedy = (
+                    "lies in no class folder. Sort the images into one folder for each class "
+                    "(ImageNet's validation images come in one folder, with a list of their "
+                    "classes beside it), or take it away."
+                )
             raise DataError(
-                f"{where / wrong}: an image lies in the folder of its class, {where}/CLASS/*.JPEG; "
-                f"{deep} is none here. Sort the images into one folder for each class (ImageNet's "
-                "validation images come in one folder, and a list of their classes beside it)."
+                f"{where / wrong}: images are wanted as {where}/CLASS/*.JPEG; this {remedy}"
             )
         return paths
 
@@ -109,20 +123,45 @@ class ClassFolders:
             f"The class folders of {self._root / folder} are not the {len(expected)} expected "
             f"ones: it {' and '.join(parts)}. A folder without images counts as absent. Classes "
             "are counted in the order of the names, so with another set every label would be "
-            f"another class. Complete the folder, or set data.num_classes. {self._obtain}"
+            f"another class. {self._completed(found)} {self._obtain}"
+        )
+
+    def _completed(self, found: set[str]) -> str:
+        return (
+            "Complete the folder; or, where every task has just these, take a model of "
+            f"{len(found)} classes: data.num_classes={len(found)}."
         )
 
     def _remedy(self, folder: str) -> str:
         root = self._root
-        near = [root.parent, root.parent.parent, *_folders_in(root)]
+        if any((root / each).is_dir() for each in self._wanted):
+            return self._gaps(folder)
+        near = [*root.parents[:3], *_folders_in(root)]
         better = next((each for each in near if (each / folder).is_dir()), None)
         if better is not None:
             return f"It is in {better}: set data.data_root={better}."
-        inside = _some(each.name for each in _folders_in(root))
-        holds = f", which holds {inside}" if inside else ""
+        there = next((each for each in (root / folder).parents if each.is_dir()), None)
+        inside = "" if there is None else _some(each.name for each in _folders_in(there))
+        if there is not None and root in there.parents:
+            return (
+                f"{there} holds {inside or 'no folders'}: choose among what is there "
+                f"(data.corruptions, data.severities), or unpack the rest. {self._obtain}"
+            )
+        holds = f", which holds {inside}" if inside and there == root else ""
         return (
             f"Set data.data_root (now {root}{holds}) to the folder where {self._pattern}/CLASS/"
             f"*.JPEG begins. {self._obtain}"
+        )
+
+    def _gaps(self, folder: str) -> str:
+        """The root is right: what belongs there besides."""
+        absent = [each for each in self._wanted if not (self._root / each).is_dir()]
+        if folder not in absent:
+            return f"Unpack it again. {self._obtain}"
+        return (
+            f"data.data_root={self._root} has {len(self._wanted) - len(absent)} of the "
+            f"{len(self._wanted)} folders of this run and lacks {_some(absent)}. Unpack what is "
+            f"missing, or leave it out (data.corruptions, data.severities). {self._obtain}"
         )
 
 

@@ -210,12 +210,16 @@ class ClassificationTaskData:
         names = {task: _names(images) for task, images in self._images.items()}
         every = set().union(*names.values())
         for task, found in names.items():
-            if absent := sorted(every - found):
-                raise DataError(
-                    f"data={self.name}: the task {task.name} lacks {len(absent)} of {len(every)} "
-                    f"images, the first one {absent[0]}. Complete its folder, or leave the task "
-                    "out (data.corruptions, data.severities)."
-                )
+            absent = sorted(every - found)
+            if not absent:
+                continue
+            other = next(each for each in self.tasks if absent[0] in names[each])
+            raise DataError(
+                f"data={self.name}: the task {task.name} lacks {len(absent)} of {len(every)} "
+                f"images, the first one {absent[0]}, which {other.name} has. Complete the folder "
+                f"of {task.name}, take the image out of {other.name} if it does not belong there, "
+                "or leave one of the tasks out (data.corruptions, data.severities)."
+            )
 
 
 class _Stream:

@@ -10,7 +10,7 @@ from typing import Literal
 import cv2
 import numpy as np
 from jaxtyping import UInt8, UInt16
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from segmill.data.files import DataError
 
@@ -47,11 +47,18 @@ def decode_photograph(data: bytes, where: str) -> UInt8[np.ndarray, "H W 3"]:
                     "here. Convert it (for example with Pillow or ImageMagick) to 8 bit."
                 )
             return np.array(picture.convert("RGB"))
-    except OSError as error:
-        raise DataError(
-            f"{where} ({len(data)} bytes) cannot be decoded: it is truncated, damaged or not an "
-            f"image ({error}). Copy it again from the source."
-        ) from error
+    except UnidentifiedImageError as error:  # its text is the address of the bytes
+        raise _undecodable(data, where, "no known format") from error
+    # SyntaxError and ValueError: how Pillow reports a broken PNG
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _undecodable(data, where, error) from error
+
+
+def _undecodable(data: bytes, where: str, reason: object) -> DataError:
+    return DataError(
+        f"{where} ({len(data)} bytes) cannot be decoded: it is truncated, damaged or not an image "
+        f"({reason}). Copy it again from the source."
+    )
 
 
 def decode_label(data: bytes, where: str, label_format: LabelFormat) -> UInt8[np.ndarray, "H W"]:
