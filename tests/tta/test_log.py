@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from segmill.data.tasks import Task
 from segmill.tta.log import TaskLog, log_summary
 from segmill.tta.module import TTAModule
+from segmill.tta.record import TaskRecord
 from segmill.tta.results import MethodResult
 from segmill.tta.source import Source
 from tiny_adapt import tiny_model
@@ -51,7 +52,9 @@ class FakeWandb(WandbLogger):
         """Nothing is kept back."""
 
 
-def adapt(folder: Path, loggers: list[Any], *, every: int, epochs: int = 1) -> TTAModule:
+def adapt(
+    folder: Path, loggers: list[Any], *, every: int, epochs: int = 1, processes: int = 1
+) -> TTAModule:
     """Two tasks of five images."""
     model = tiny_model()
     module = module_of(model)
@@ -61,7 +64,13 @@ def adapt(folder: Path, loggers: list[Any], *, every: int, epochs: int = 1) -> T
         line = f"source  {task.name}"
         first = 5 * epochs * number
         callback = TaskLog(
-            task, first=first, images=5, processes=1, every=every, loggers=loggers, line=line
+            task,
+            first=first,
+            images=5,
+            processes=processes,
+            every=every,
+            loggers=loggers,
+            line=line,
         )
         trainer = ONE_CPU.trainer(folder, epochs=epochs, callbacks=[callback])
         trainer.fit(module, train_dataloaders=batches(5))
@@ -109,6 +118,24 @@ def test_the_progress_line_has_the_running_score(
     score = 100 * module.record.scores()["mIoU"]
     assert last == f"source  04_snow_5  5/5  mIoU {score:.2f}  loss 0.0000"
     assert len(caplog.records) == 4
+
+
+def test_the_last_line_is_of_all_processes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then the scores are those of this process's share, which are not the table's."""
+    monkeypatch.setattr(TaskRecord, "gather", lambda _: logging.getLogger(__name__).info("gather"))
+    with caplog.at_level(logging.INFO):
+        adapt(tmp_path, [], every=100, processes=2)
+    lines = [record.getMessage().partition("  mIoU")[0] for record in caplog.records]
+    assert [line for line in lines if "/5" in line or line == "gather"] == [
+        "source  03_motion_blur_5  2/5",
+        "gather",
+        "source  03_motion_blur_5  5/5",
+        "source  04_snow_5  2/5",
+        "gather",
+        "source  04_snow_5  5/5",
+    ]
 
 
 def test_the_end_of_a_method_is_its_mean_and_a_table_of_its_tasks(tmp_path: Path) -> None:

@@ -33,10 +33,11 @@ class TimmBackbone(Protocol):
     in_channels: int
 
 
-def hub_file(repository: str, names: Sequence[str] = FILES) -> Path:
+def hub_file(repository: str, names: Sequence[str] = FILES, *, key: str = "weights") -> Path:
     """The weights' file of a hub repository, from the cache or downloaded into it.
 
-    `names` are the paths in the repository that it may have, the preferred one first.
+    `names` are the paths in the repository that it may have, the preferred one first. `key` is the
+    setting that takes a file instead.
     """
     for name in names:
         cached = huggingface_hub.try_to_load_from_cache(repository, name)
@@ -44,17 +45,18 @@ def hub_file(repository: str, names: Sequence[str] = FILES) -> Path:
             return Path(cached)
     if huggingface_hub.constants.HF_HUB_OFFLINE or not reachable():
         reason = "the hub cannot be reached from here"
-        raise CheckpointError(_how_to_copy(repository, names, reason))
+        raise CheckpointError(_how_to_copy(repository, names, reason, key))
     for name in names:
         try:
             return Path(huggingface_hub.hf_hub_download(repository, name))
         except huggingface_hub.errors.LocalEntryNotFoundError as error:
-            raise CheckpointError(_how_to_copy(repository, names, "the download failed")) from error
+            reason = "the download failed"
+            raise CheckpointError(_how_to_copy(repository, names, reason, key)) from error
         except huggingface_hub.errors.EntryNotFoundError:
             continue
         except huggingface_hub.errors.HfHubHTTPError as error:
             reason = f"the hub refused it ({error!s:.160})"
-            raise CheckpointError(_how_to_copy(repository, names, reason)) from error
+            raise CheckpointError(_how_to_copy(repository, names, reason, key)) from error
     raise CheckpointError(f"{repository} on the hub has neither {' nor '.join(names)}.")
 
 
@@ -102,12 +104,12 @@ def reachable() -> bool:
     return True
 
 
-def _how_to_copy(repository: str, names: Sequence[str], reason: str) -> str:
+def _how_to_copy(repository: str, names: Sequence[str], reason: str, key: str) -> str:
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     folder = cache / f"models--{repository.replace('/', '--')}"
     return (
         f"{repository} is no file or folder here and not in the hub's cache, and {reason}. On a "
         f"machine with network, download {' or '.join(names)} of the hub repository "
-        f"{repository}, copy it here and pass weights=THAT_FILE; or copy the whole cache folder "
+        f"{repository}, copy it here and pass {key}=THAT_FILE; or copy the whole cache folder "
         f"to {folder}."
     )

@@ -23,6 +23,7 @@ from segmill.data.tasks import Task
 from segmill.tta.log import TaskLog, log_summary
 from segmill.tta.method import Method
 from segmill.tta.results import SOURCE, MethodResult, TaskResult, load_task, save_task
+from segmill.tta.sharing import shared_images
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def compare(config: DictConfig, context: Invocation) -> list[MethodResult]:
             path.parent.mkdir(exist_ok=True)
             path.write_text(OmegaConf.to_yaml(row.config, resolve=True), encoding="utf-8")
     log.info("Run folder: %s\n%s", folder, parts.summary())
+    _warn_of_few_images(parts, rows, methods)
     shown = [MIXED] if config.tta.mixed else parts.data.tasks  # all: parts of a run agree on them
     pictures = Pictures(folder, shown, count=config.pictures, images=parts.images)
     try:
@@ -76,6 +78,28 @@ def run_name(config: DictConfig, rows: Collection[str]) -> str:
     compared = [name for name in rows if name != SOURCE] or [SOURCE]
     method = compared[0] if len(compared) == 1 else "comparison"
     return f"adapt_{method}_{config.data.name}_seed{config.seed}"
+
+
+def _warn_of_few_images(
+    parts: AdaptParts, rows: Mapping[str, Row], methods: Mapping[str, Method]
+) -> None:
+    """What is learnt from the last images of a stream shows in no prediction."""
+    late = [
+        name
+        for name, row in rows.items()
+        if methods[name].parameters_to_update()
+        and shared_images(methods[name]) != "alone"  # learns every image by itself
+        and not row.tta.continual
+        and (row.tta.predict, row.tta.max_epochs) == ("before", 1)
+    ]
+    images = parts.images_of(mixed=any(row.tta.mixed for row in rows.values()))
+    if late and images <= parts.effective_batch:
+        log.warning(
+            "%s: a task has %d images and an optimizer step takes %d, so no prediction comes from "
+            "adapted weights. Take more images (limit), or a smaller data.batch_size or "
+            "trainer.accumulate.",
+            *(", ".join(late), images, parts.effective_batch),
+        )
 
 
 def _adapt(
@@ -134,8 +158,6 @@ def _fit(
     trainer = parts.settings.trainer(folder, epochs=row.tta.max_epochs, callbacks=[callback])
     loader = parts.loader(task, mixed=row.tta.mixed)
     trainer.fit(module, train_dataloaders=loader)
-    if parts.sharing > 1:
-        module.record.gather()
     return module.record.result(task=task.name, corruption=task.corruption, severity=task.severity)
 
 

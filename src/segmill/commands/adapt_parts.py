@@ -142,6 +142,12 @@ class AdaptParts:
         product = f" ({' x '.join(several)})" if len(several) > 1 else ""
         return f"effective batch {self.effective_batch}{product}"
 
+    @property
+    def amount(self) -> str:
+        """How many tasks of how many images, in words."""
+        tasks = len(self.data.tasks)
+        return f"{tasks} task{'s' * (tasks > 1)} of {self.images} image{'s' * (self.images > 1)}"
+
     def summary(self) -> str:
         """What runs where, in two lines."""
         discriminative = _count(self.model.discriminative)
@@ -150,8 +156,7 @@ class AdaptParts:
         place = f"{self.settings.processes} x {'GPU' if self.settings.on_gpu else 'CPU'}"
         return (
             f"Model {discriminative:,} parameters, {guided}, {place}, {self.settings.precision}.\n"
-            f"{len(self.data.tasks)} tasks of {self.images} images, "
-            f"order {self.data.order_hash()}; {self.batch}."
+            f"{self.amount}, order {self.data.order_hash()}; {self.batch}."
         )
 
 

@@ -54,8 +54,7 @@ def _facts(folder: Path, parts: AdaptParts, config: DictConfig) -> dict[str, str
     model = config.run or f"{config.model_name} weights={config.weights}"
     return {
         "model": f"{model}; {parts.summary().splitlines()[0]}",
-        "data": f"{parts.data.name}, {len(parts.data.tasks)} tasks of {parts.images} images, "
-        f"order {parts.data.order_hash()}",
+        "data": f"{parts.data.name}, {parts.amount}, order {parts.data.order_hash()}",
         "setting": f"{setting}; predictions from {tta.predict} the update; seed {config.seed}",
         "batch": parts.batch,
         "protocol": scored,

@@ -25,7 +25,7 @@ class TaskLog(Callback):
 
     The number grows from epoch to epoch. `first` is that of the tasks before: loggers want one step
     that only grows. `images` are those of an epoch; `every` counts batches. `processes` share the
-    images: scores are those of this process's until the end.
+    images: scores are those of this process's until the last batch, when the record gathers all.
     """
 
     def __init__(
@@ -66,7 +66,11 @@ class TaskLog(Callback):
         batch_idx: int,
     ) -> None:
         """Every so many batches, at the first one, and at the last: the task's scores."""
-        if batch_idx % self._every == 0 or batch_idx + 1 == trainer.num_training_batches:
+        last = batch_idx + 1 == trainer.num_training_batches
+        if last and self._processes > 1:
+            assert isinstance(pl_module, TTAModule)
+            pl_module.record.gather()  # on every process, though one writes
+        if last or batch_idx % self._every == 0:
             self._write(trainer, pl_module)
 
     def on_train_end(

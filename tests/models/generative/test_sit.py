@@ -187,7 +187,7 @@ def test_weights_of_other_classes_are_refused(tmp_path: Path):
 
 
 def test_missing_weights_are_one_paragraph_before_anything_is_built(tmp_path: Path):
-    with pytest.raises(SegmillError, match="segmill train experiment=guide_camvid"):
+    with pytest.raises(SegmillError, match=r"last\.pt .*segmill train experiment=guide_camvid"):
         guide(weights=str(tmp_path / "nowhere.pt"))
 
 
@@ -197,6 +197,7 @@ def test_what_is_missing_is_listed_for_the_command(tmp_path: Path):
     assert len(found) == 2
     assert "no.pt" in found[0]
     assert "taesd3_encoder.safetensors" in found[1]
+    assert "model.generative.codec.weights=FILE" in found[1]
     assert SiTGuide.missing(weights="random", codec={"_target_": "x", "factor": 4}) == []
 
 

@@ -160,8 +160,11 @@ class KLCodec(nn.Module):
         return {"diffusers": KEYS_OF_AUTOENCODERS}
 
 
-def codec_file(weights: str) -> Path:
-    """The file of a codec's weights; raises SegmillError, which says where to get it."""
+def codec_file(weights: str, *, key: str = "codec.weights") -> Path:
+    """The file of a codec's weights; raises SegmillError, which says where to get it.
+
+    `key` is the setting that names it.
+    """
     path = Path(weights)
     if path.is_dir():
         path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
@@ -169,13 +172,13 @@ def codec_file(weights: str) -> Path:
         # Only hub ids need its client.
         from segmill.checkpoint.pretrained import hub_file
 
-        return hub_file(weights, FILES)
+        return hub_file(weights, FILES, key=key)
     if not path.is_file():
         raise SegmillError(
             f"The weights of the guide's codec are missing: {path} does not exist (seen from "
             f"{Path.cwd()}). TAESD's and TAESD3's encoders are at github.com/madebyollin/taesd "
             "(taesd3_encoder.pth or .safetensors, 5 MB), Stable Diffusion's autoencoder is "
-            "stabilityai/sd-vae-ft-ema on the hub. Give codec.weights=FILE, a folder or a hub id."
+            f"stabilityai/sd-vae-ft-ema on the hub. Give {key}=FILE, a folder or a hub id."
         )
     return path
 

@@ -5,6 +5,7 @@ so that a large one is never copied whole to a GPU that keeps a part of it.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,12 @@ def guide_file(weights: str) -> Path:
     if not path.is_file():
         raise SegmillError(
             f"The guide's weights are missing: {path} does not exist (seen from {Path.cwd()}). "
-            "Train a guide (segmill train experiment=guide_camvid) and give its run folder, or "
-            "download one: REPA's last.pt from github.com/sihyun-yu/REPA, SiT-XL-2-256x256.pt "
-            "from github.com/willisma/SiT, DiT-XL-2-256x256.pt from "
-            "github.com/facebookresearch/DiT. Set model.generative.weights=FILE; random draws "
-            "values, which is good for measuring speed only."
+            "For ImageNet's classes download one: REPA's last.pt from github.com/sihyun-yu/REPA, "
+            "SiT-XL-2-256x256.pt from github.com/willisma/SiT, DiT-XL-2-256x256.pt from "
+            "github.com/facebookresearch/DiT. For other classes train one, as segmill train "
+            "experiment=guide_camvid and experiment=digits_guide do. Set model.generative.weights "
+            "to the file or run folder; random draws values, which is good for measuring speed "
+            "only."
         )
     return path
 
@@ -83,7 +85,8 @@ def missing_files(weights: str | None, codec: Mapping[str, Any]) -> list[str]:
     """One paragraph for each file of a class-conditional guide that is not there."""
     found: list[str] = []
     named = codec.get("weights")
-    for look, file in ((guide_file, weights), (codec_file, named)):
+    of_codec = partial(codec_file, key="model.generative.codec.weights")
+    for look, file in ((guide_file, weights), (of_codec, named)):
         if file is None or file == RANDOM:
             continue
         try:
