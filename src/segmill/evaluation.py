@@ -5,21 +5,25 @@ gives the same scores to the last digit, as long as each image is seen once (`da
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning
+import numpy as np
 import torch
 from jaxtyping import Int, Int64, Integer, UInt8
 from torch import Tensor, distributed
 from torchmetrics import Metric
 
+from segmill.data.labelled_image import NO_LABEL
 from segmill.draws import draws_of
 from segmill.errors import SegmillError
-from segmill.inference import predict_label
+from segmill.inference import predict_label, predict_log_prob
 from segmill.metrics import SCALARS, scores
 from segmill.models.discriminative import Discriminative
 from segmill.ops.confusion import update_confusion
 from segmill.protocol import Protocol
+from segmill.tta.counts import ImageCounts
+from segmill.tta.ranking import ranked
 
 
 class ConfusionMetric(Metric):
@@ -75,42 +79,84 @@ class EvaluationModule(lightning.LightningModule):
     """Predicts every image of `trainer.test` under the protocol.
 
     Afterwards `confusion` is the matrix of all images, and `per_image` the (index, mIoU) of each,
-    both the same in every process. Batches are those of `SegmentationData.eval_loader`.
+    both the same in every process. Batches are those of `SegmentationData.eval_loader`, or of
+    `ImageData.eval_loader`: of images with one label there are also `image_counts`.
     """
 
     def __init__(
-        self, *, model: Discriminative, protocol: Protocol, class_names: Sequence[str]
+        self,
+        *,
+        model: Discriminative,
+        protocol: Protocol,
+        class_names: Sequence[str],
+        one_label: bool = False,
     ) -> None:
         super().__init__()
+        self.one_label = one_label
         self.model, self.protocol = model, protocol
         counting = {"num_classes": len(class_names), "ignore_index": protocol.ignore_index}
         self.metric, self.image_metric = ConfusionMetric(**counting), ConfusionMetric(**counting)
         self.confusion = self.metric.confusion.numpy()
         self.per_image: list[tuple[int, float]] = []
+        self._ranked: list[tuple[int, int, float]] = []  # index, rank, top probability
+
+    @property
+    def image_counts(self) -> ImageCounts | None:
+        """Ranks and confidences in the order of the images; None for maps of labels."""
+        if not self.one_label:
+            return None
+        _, rank, confidence = zip(*self._ranked, strict=True)
+        return ImageCounts(rank=np.array(rank), confidence=np.array(confidence))
 
     def on_test_epoch_start(self) -> None:
         """Start with nothing, also the second time."""
         self.metric.reset()
-        self.per_image = []
+        self.per_image, self._ranked = [], []
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Predict one image, count it, and keep its own score for the report."""
-        pred = predict_batch(self.model, batch, self.protocol)
-        self.image_metric.reset()
-        self.image_metric.update(pred, batch["label"])
-        self.metric.update(pred, batch["label"])
-        alone = scores(self.image_metric.confusion.cpu().numpy())
         # Process r has the images r, r + world, ...
         index = self.global_rank + batch_idx * self.trainer.world_size
+        if self.one_label:
+            pred = self._ranked_pred(batch, index)
+        else:
+            pred = predict_batch(self.model, batch, self.protocol)
+        label = batch["label"]
+        if self.one_label:
+            label = label.masked_fill(label == NO_LABEL, self.protocol.ignore_index)
+        self.image_metric.reset()
+        self.image_metric.update(pred, label)
+        self.metric.update(pred, label)
+        alone = scores(self.image_metric.confusion.cpu().numpy())
         self.per_image.append((index, float(alone["mIoU"])))
 
     def on_test_epoch_end(self) -> None:
         """Put the processes' parts together."""
         self.confusion = self.metric.total().cpu().numpy()
         if self.trainer.world_size > 1:
-            parts: list[list[tuple[int, float]]] = [[] for _ in range(self.trainer.world_size)]
-            distributed.all_gather_object(parts, self.per_image)
-            self.per_image = sorted(item for part in parts for item in part)
+            self.per_image = _of_processes(self.per_image, self.trainer.world_size)
+            self._ranked = _of_processes(self._ranked, self.trainer.world_size)
+
+    def _ranked_pred(self, batch: dict[str, Any], index: int) -> Integer[Tensor, "1 1 1"]:
+        """The class of an image with one label; keeps what top-1, top-5 and ECE need."""
+        images = [self.model.normalise(image) for image in batch["inputs"]]
+        with draws_of(int(batch["index"]), images[0].device):
+            log_prob = predict_log_prob(self.model.network, images, self.protocol)
+        label = batch["label"].flatten()
+        rank, confidence, pred = ranked(log_prob, label.clamp(min=0))
+        known = int(label) != NO_LABEL
+        self._ranked.append((index, int(rank) if known else -1, float(confidence)))
+        return pred[:, None, None]
+
+
+Item = TypeVar("Item", bound=tuple)
+
+
+def _of_processes(own: list[Item], count: int) -> list[Item]:
+    """All processes' items, in order."""
+    parts: list[list[Item]] = [[] for _ in range(count)]
+    distributed.all_gather_object(parts, own)
+    return sorted(item for part in parts for item in part)
 
 
 def predict_batch(

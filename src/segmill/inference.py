@@ -55,6 +55,19 @@ def predict_logits(
     return _cut(total.div_(count), size)
 
 
+def predict_log_prob(
+    network: Network, images: Sequence[Float[Tensor, "1 C _h _w"]], protocol: Protocol
+) -> Float[Tensor, "1 K"]:
+    """Of an image with one label: logarithms of its classes' probabilities, finite where these are.
+
+    `images` as above; several views are averaged as probabilities.
+    """
+    found = predict_logits(network, images, (1, 1), protocol).flatten(1).float()
+    if protocol.averages_probabilities:
+        return found.clamp(min=torch.finfo(found.dtype).tiny).log()
+    return found.log_softmax(dim=1)
+
+
 def predict_label(
     network: Network,
     images: Sequence[Float[Tensor, "1 C _h _w"]],

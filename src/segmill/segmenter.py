@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -87,12 +87,13 @@ class Segmenter:
         """Segment a file or an RGB array (with depth as the fourth channel for RGB-D models)."""
         array = fitting_image(image, channels=self.channels)
         with torch.inference_mode(), draws_of(0, self.model.mean.device):
-            images = [
-                self.model.normalise(self._tensor(each)) for each in self.protocol.inputs(array)
-            ]
             height, width = array.shape[:2]
-            label = predict_label(self.network, images, (height, width), self.protocol)
+            label = predict_label(self.network, self.views(array), (height, width), self.protocol)
         return Prediction(array, label[0].cpu().numpy().astype(np.uint8), self.classes)
+
+    def views(self, image: UInt8[np.ndarray, "H W C"]) -> list[Float[Tensor, "1 C _h _w"]]:
+        """What the network sees of an image under the protocol."""
+        return [self.model.normalise(self._tensor(each)) for each in self.protocol.inputs(image)]
 
     def _tensor(self, image: UInt8[np.ndarray, "H W C"]) -> Tensor:
         channels_first = np.ascontiguousarray(image.transpose(2, 0, 1))

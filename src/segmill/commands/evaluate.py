@@ -17,7 +17,7 @@ from segmill.commands.run_folder import write_provenance
 from segmill.commands.trainer import build_trainer
 from segmill.commands.trainer_settings import LoggingSettings, TrainerSettings
 from segmill.configuration import Invocation, build, plain
-from segmill.data.image_datamodule import TrainingData
+from segmill.data.image_datamodule import ImageData, TrainingData
 from segmill.errors import SegmillError
 from segmill.evaluation import EvaluationModule
 from segmill.models.discriminative import Discriminative
@@ -55,7 +55,10 @@ def score(
 ) -> Scored:
     """Score every image of `split` once, on all processes of `trainer`."""
     module = EvaluationModule(
-        model=segmenter.model, protocol=segmenter.protocol, class_names=segmenter.classes.names
+        model=segmenter.model,
+        protocol=segmenter.protocol,
+        class_names=segmenter.classes.names,
+        one_label=isinstance(data, ImageData),
     )
     started = time.perf_counter()
     trainer.test(module, dataloaders=data.eval_loader(split), verbose=False)
@@ -69,6 +72,7 @@ def score(
         confusion=module.confusion,
         per_image=module.per_image,
         seconds=seconds,
+        image_counts=module.image_counts,
         predict=lambda image: segmenter.predict(image).label,
     )
 

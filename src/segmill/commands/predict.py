@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from segmill.commands.predict_classes import predict_classes, view_of_run
 from segmill.commands.prediction import output_folder, require_depth
 from segmill.configuration import Invocation, build
 from segmill.data.inputs import Input, iter_inputs
 from segmill.errors import SegmillError
+from segmill.models.families.image_classifier import ImageClassifier
 from segmill.report.prediction import PredictionWriter
 from segmill.segmenter import Segmenter, open_segmenter
 
@@ -30,9 +32,14 @@ def run(config: DictConfig, context: Invocation) -> None:  # noqa: ARG001
     segmenter.to(_device(config.accelerator))
     folder = output_folder(config)
     inputs = iter_inputs(paths, depth=config.depth, depth_range=segmenter.depth_range)
-    count = _predict(segmenter, inputs, folder, alpha=config.alpha)
+    if isinstance(segmenter.network, ImageClassifier):
+        count = predict_classes(segmenter, inputs, folder, view=view_of_run(Path(config.run)))
+        opens = folder / "predictions.csv"
+    else:
+        count = _predict(segmenter, inputs, folder, alpha=config.alpha)
+        opens = folder / "overlay"
     log.info("%d image(s) predicted under protocol %s", count, segmenter.protocol.name)
-    log.info("Next: open %s", folder / "overlay")
+    log.info("Next: open %s", opens)
 
 
 def _predict(segmenter: Segmenter, inputs: Iterable[Input], folder: Path, *, alpha: float) -> int:

@@ -27,7 +27,8 @@ from segmill.protocol import Protocol
 from segmill.report.charts import Curve, read_curves
 from segmill.report.examples import Example
 from segmill.report.html import Result, write_report
-from segmill.report.tables import score_line, score_table
+from segmill.report.tables import classification_line, score_line, score_table
+from segmill.tta.counts import ImageCounts
 
 EXAMPLES = 4  # best and worst images in the report, each
 
@@ -45,6 +46,7 @@ class Scored:
     per_image: list[tuple[int, float]]  # position in the split, mIoU
     seconds: float
     predict: Callable[[UInt8[np.ndarray, "H W C"]], UInt8[np.ndarray, "H W"]]  # under `protocol`
+    image_counts: ImageCounts | None = None  # of images with one label
 
 
 def report(scored: Scored, folder: Path) -> None:
@@ -60,6 +62,8 @@ def report(scored: Scored, folder: Path) -> None:
     names = scored.classes.names
     console.print(score_table(names, scored.confusion, title=title, absent_class=absent))
     console.print(score_line(scored.confusion, protocol=name, absent_class=absent))
+    if scored.image_counts is not None:
+        console.print(classification_line(scored.image_counts.scores()))
     write_report(
         folder / "report.html",
         title=folder.name,
@@ -88,12 +92,17 @@ def _facts(scored: Scored) -> dict[str, Any]:
         "order": order_hash(scored.dataset),
         "protocol": scored.protocol.stamp(),
         "seconds_per_image": scored.seconds / max(len(scored.dataset), 1),
-        "scores": {name: float(result[name]) for name in SCALARS},
+        "scores": {name: float(result[name]) for name in SCALARS} | _of_images(scored),
         "absent_classes": {how: _means(scored.confusion, how) for how in ("drop", "zero")},
         "IoU": _by_class(scored, result["IoU"]),
         "Acc": _by_class(scored, result["Acc"]),
         "environment": environment(),
     }
+
+
+def _of_images(scored: Scored) -> dict[str, float]:
+    """top1, top5 and ece of images with one label."""
+    return {} if scored.image_counts is None else scored.image_counts.scores()
 
 
 def _means(confusion: Int64[np.ndarray, "K J"], absent_class: AbsentClass) -> dict[str, float]:
@@ -154,9 +163,11 @@ def protocol_text(protocol: Protocol) -> str:
 
 
 def _report_facts(folder: Path, facts: Mapping[str, Any]) -> dict[str, str]:
+    one_label = "top1" in facts["scores"]
     return {
         "data": f"{facts['data']} {facts['split']}, {facts['images']} images, "
         f"order {facts['order']}",
+        **({"classification": classification_line(facts["scores"])} if one_label else {}),
         "seconds per image": f"{facts['seconds_per_image']:.3f}",
         "commit": _read(folder / "commit.txt"),
         "environment": "; ".join(facts["environment"]),

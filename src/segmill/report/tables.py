@@ -80,6 +80,12 @@ def score_line(
     return f"{'  '.join(parts)}  ({'; '.join(filter(None, notes))})"
 
 
+def classification_line(values: Mapping[str, float]) -> str:
+    """`top1 97.00  top5 100.00  ece 1.53  (percent)`."""
+    parts = [f"{name} {percent(values[name])}" for name in ("top1", "top5", "ece")]
+    return f"{'  '.join(parts)}  (percent)"
+
+
 def absent_note(confusion: Int[np.ndarray, "K J"], *, absent_class: AbsentClass) -> str:
     """What the means do with absent classes, and what they were otherwise; "" if it is the same.
 

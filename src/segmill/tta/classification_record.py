@@ -11,6 +11,7 @@ from torch import Tensor
 
 from segmill.errors import SegmillError
 from segmill.tta.counts import ImageCounts
+from segmill.tta.ranking import ranked
 from segmill.tta.record import Course, names_of
 from segmill.tta.results import TaskResult
 
@@ -88,16 +89,3 @@ class ClassificationRecord:
                 f"outside the {self._num_classes} classes. data.classes and the folders of the "
                 "data set have to be those that the classifier was trained on."
             )
-
-
-def ranked(
-    logits: Float32[Tensor, "B K"], label: Int[Tensor, " B"]
-) -> tuple[Int64[Tensor, " B"], Float32[Tensor, " B"], Int64[Tensor, " B"]]:
-    """Of every image the classes before its own (equal ones in class order), top prob and class."""
-    finite = logits.isfinite().all(dim=1)
-    own = logits.gather(1, label[:, None].long())
-    index = torch.arange(logits.shape[1], device=logits.device)
-    before = (logits > own) | ((logits == own) & (index < label[:, None]))
-    ranks = torch.where(finite, before.sum(dim=1), logits.shape[1])
-    confidences, pred = logits.softmax(dim=1).max(dim=1)
-    return ranks, torch.where(finite, confidences, 0.0), pred
