@@ -57,6 +57,11 @@ def test_a_loader_of_single_images_has_one_a_batch():
     assert [plan.factor(index) for index in range(5)] == [0.5, 0.5, 0.5, 0.5, 1.0]
 
 
+def test_fewer_images_than_processes_are_refused():
+    with pytest.raises(SegmillError, match=r"1 image\(s\) for 2 processes .*Raise limit"):
+        plans(1, batch=4, accumulate=1, processes=2)
+
+
 def test_data_that_give_every_process_the_same_images_cannot_share_them():
     with pytest.raises(SegmillError, match=r"trainer\.share=classes"):
         step_plan(batches(5), accumulate=1, rank=0, processes=2)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 
+from segmill.data.files import DataError
+
 Place = Callable[[], tuple[int, int]]  # (rank, processes)
 
 
@@ -29,6 +31,12 @@ class ImageBatches:
 
     def steps(self, world: int) -> list[range]:
         """The positions of each step, of all processes together."""
+        if self._count < world:
+            raise DataError(
+                f"{self._count} image(s) for {world} processes that take different ones "
+                "(trainer.share=images): some would have none. Raise limit, lower trainer.devices, "
+                "or set trainer.share=classes."
+            )
         whole = self._batch_size * world
         steps = [
             range(start, min(start + whole, self._count)) for start in range(0, self._count, whole)
