@@ -81,6 +81,25 @@ def test_methods_with_and_without_a_guide_leave_a_comparison(
     assert "effective batch 8" in page
 
 
+def test_a_guide_of_other_classes_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["adapt", *words(tmp_path, model__generative__network__num_classes=12)]) == 2
+    assert "model.generative knows 12 classes and data=digits_c has 10" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_task_that_is_shorter_than_a_step_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its table would show the source twice."""
+    few = {**TENT, "limit": 4, "pictures": 0, "methods": "[tent]"}
+    with caplog.at_level("WARNING", logger="segmill"):
+        adapt(tmp_path, **few, data__corruptions="[fog]")
+    (said,) = (each.getMessage() for each in caplog.records if "no prediction" in each.getMessage())
+    assert said.startswith("tent: a task has 4 images and an optimizer step takes 4")
+
+
 @pytest.mark.slow
 def test_settings_are_those_of_segmentation(tmp_path: Path) -> None:
     limit = {"limit": 8, **TENT, "pictures": 0, "optimizer__learning_rate": 0.1}

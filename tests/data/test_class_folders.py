@@ -107,6 +107,9 @@ def test_a_corruption_or_severity_that_is_absent_is_named_beside_what_is_there(o
     assert f"The folder {own}/frost/5 does not exist" in text
     assert "has 2 of the 4 folders of this run and lacks contrast/5, frost/5." in text
     assert "leave it out (data.corruptions, data.severities)" in text
+    for names in (["snoww"], ["fog", "snoww"]):
+        with pytest.raises(DataError, match=r"snoww/5 does not exist .*Did you mean snow\?"):
+            imagenet_c(own, corruptions=names)
     with pytest.raises(DataError, match=rf"{own}/fog holds 5: choose among what is there"):
         imagenet_c(own, severities=[4])
 

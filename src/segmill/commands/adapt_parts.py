@@ -30,6 +30,7 @@ from segmill.data.tasks import Task
 from segmill.errors import SegmillError
 from segmill.models.combined import CombinedModel
 from segmill.models.discriminative import Discriminative
+from segmill.models.generative.guide import Guide
 from segmill.protocol import Protocol
 from segmill.segmenter import open_segmenter
 from segmill.tta.method import Method
@@ -175,6 +176,7 @@ def build_adapt_parts(config: DictConfig) -> AdaptParts:
     if not guided:
         extra["generative"] = None
     model: CombinedModel = build(config.model, **extra)
+    _refuse_other_classes(model.generative, data)
     module = TTAModule(
         model=model,
         new_record=data.new_record,
@@ -188,6 +190,16 @@ def build_adapt_parts(config: DictConfig) -> AdaptParts:
     )
     chosen = _chosen(config, len(data.tasks))
     return AdaptParts(data, model, module, settings, protocol, config.limit, chosen)
+
+
+def _refuse_other_classes(guide: Guide | None, data: AnyTaskData) -> None:
+    """Before the source has gone through all tasks, not at the first guided step."""
+    if guide is not None and guide.num_classes != len(data.classes):
+        raise SegmillError(
+            f"model.generative knows {guide.num_classes} classes and data={data.name} has "
+            f"{len(data.classes)}: both models and the data are of the same classes. Choose "
+            f"another guide (model/generative=NAME), or one of {len(data.classes)} classes."
+        )
 
 
 def _chosen(config: DictConfig, count: int) -> tuple[int, ...] | None:

@@ -4,6 +4,7 @@ Follows: torchvision's `ImageFolder`, which published numbers were measured with
          counted in the order of the folders' sorted names.
 """
 
+import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -149,8 +150,8 @@ class ClassFolders:
             )
         holds = f", which holds {inside}" if inside and there == root else ""
         return (
-            f"Set data.data_root (now {root}{holds}) to the folder where {self._pattern}/CLASS/"
-            f"*.JPEG begins. {self._obtain}"
+            f"{self._meant(folder)}Set data.data_root (now {root}{holds}) to the folder where "
+            f"{self._pattern}/CLASS/*.JPEG begins. {self._obtain}"
         )
 
     def _gaps(self, folder: str) -> str:
@@ -159,10 +160,17 @@ class ClassFolders:
         if folder not in absent:
             return f"Unpack it again. {self._obtain}"
         return (
-            f"data.data_root={self._root} has {len(self._wanted) - len(absent)} of the "
-            f"{len(self._wanted)} folders of this run and lacks {_some(absent)}. Unpack what is "
-            f"missing, or leave it out (data.corruptions, data.severities). {self._obtain}"
+            f"{self._meant(folder)}data.data_root={self._root} has "
+            f"{len(self._wanted) - len(absent)} of the {len(self._wanted)} folders of this run and "
+            f"lacks {_some(absent)}. Unpack what is missing, or leave it out (data.corruptions, "
+            f"data.severities). {self._obtain}"
         )
+
+    def _meant(self, folder: str) -> str:
+        """A folder whose name is nearly the wanted one's."""
+        there = [each.name for each in _folders_in(self._root)]
+        close = difflib.get_close_matches(folder.partition("/")[0], there, n=1, cutoff=0.8)
+        return f"Did you mean {close[0]}? " if close else ""
 
 
 class FolderImages:
