@@ -265,12 +265,13 @@ VERBS: dict[str, Verb] = {
         module="segmill.commands.data",
         function="run_check",
         config="data_check",
-        summary="find every bad file of a data set before training; pixels per class",
+        summary="find every bad file of a data set before it is used; pixels per class",
         usage="segmill data check data=NAME [data.data_root=DIR]",
         keys=(("every=N", "look at each N-th sample only"),),
         examples=(
             "segmill data check data=camvid data.data_root=data/camvid",
             "segmill data check data=ade20k every=50",
+            "segmill data check data=imagenet_c data.data_root=data/imagenet-c every=100",
         ),
     ),
     "corrupt": Verb(

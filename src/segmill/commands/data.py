@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from segmill.commands.data_images import check_images
 from segmill.configuration import Invocation, build
 from segmill.data.check import DataReport, check_dataset
 from segmill.data.classes import Classes, read_classes
@@ -32,6 +33,9 @@ def run_check(config: DictConfig, context: Invocation) -> None:
     """Print what is in every split; raise SegmillError when anything is wrong."""
     if config.every < 1:
         raise SegmillError(f"every={config.every}: it must be 1 (every sample) or more.")
+    if "source" in config.data:  # one label an image
+        check_images(config, context)
+        return
     keys: dict[str, Any] = OmegaConf.to_container(config.data, resolve=True)  # type: ignore[assignment]
     write_generated(keys)
     console = Console()

@@ -244,7 +244,12 @@ BUILDS: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {**_TRAINING, **_MODEL},
     "eval": {**_TRAINING, **_MODEL},
     "bench": _MODEL,
-    "data_check": {"data": ("segmill.data.datamodule.SegmentationData",)},
+    "data_check": {
+        "data": (
+            "segmill.data.datamodule.SegmentationData",
+            "segmill.data.classification_data.ClassificationTaskData",
+        )
+    },
     "adapt": _ADAPTATION,
     "corrupt": {"data": (_TASKS,)},
 }
