@@ -231,6 +231,12 @@ def test_a_file_of_16_bits_is_refused(own: Path):
         batches(data, 0)
 
 
+def test_a_miniatures_classes_keep_their_words(written: Path):
+    classes = imagenet_c(written).classes
+    assert classes.names == WNIDS
+    assert classes.prompts == ("tench", "goldfish", "chain")
+
+
 def test_imagenets_classes_are_its_1000_wnids_in_order():
     classes = read_classes("imagenet")
     assert len(classes) == len(set(classes.prompts)) == 1000

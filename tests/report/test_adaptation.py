@@ -20,7 +20,7 @@ from segmill.report.examples import BeforeAfter
 from segmill.tta.counts import ImageCounts, PixelCounts, areas_of
 from segmill.tta.results import MethodResult, TaskResult
 
-CLASSES = Classes(("road", "天空"), np.array([[9, 9, 9], [0, 0, 250]], np.uint8), ("a", "b"))
+CLASSES = Classes(("road", "天空"), np.array([[9, 9, 9], [0, 0, 250]], np.uint8), ("street", "天"))
 NAMES = ("street", "park", "river", "bridge")
 WORSE, SAME, BETTER = (20, 24, 22, 26), (30, 34, 32, 36), (40, 44, 42, 46)  # hits of 50 an image
 SEVEN = ("source", "bn", "tent", "sar", "eata", "cotta", "dusa")
@@ -237,8 +237,8 @@ def test_pictures_of_classification_are_a_strip_with_what_each_method_says(tmp_p
     ]  # fmt: skip
     page = report(tmp_path, [classified("source", [1, 0, 0, 0])], examples)
     assert re.findall(r"<figcaption>(.*?)</figcaption>", page) == [
-        "truth: road · before: source ✓ road · after: tent ✗ 天空",
-        "truth: 天空 · before: source ✗ road · after: tent ✓ 天空",
+        "truth: street · before: source ✓ street · after: tent ✗ 天",
+        "truth: 天 · before: source ✗ street · after: tent ✓ 天",
     ]
 
 

@@ -1,7 +1,7 @@
 """ClassificationTaskData: the corrupted images of every task in batches, one label for each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -203,7 +203,9 @@ class ClassificationTaskData:
                 f"{self.tasks[0].name} are of {len(found)} classes, and data.classes={file} has "
                 f"{len(known)}. Set data.num_classes={len(found)} if these are all."
             )
-        return coloured_classes(found)
+        prompts = dict(zip(known.names, known.prompts, strict=True))
+        words = tuple(prompts.get(name, name) for name in found)
+        return replace(coloured_classes(found), prompts=words)
 
     def _require_same_images(self) -> None:
         """Tasks show the same images: a gap would shift the order."""

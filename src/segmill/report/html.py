@@ -219,8 +219,9 @@ def _strip(changes: Sequence[BeforeAfter], classes: Classes) -> _Gallery:
 
 
 def _class_name(pixel: Integer[np.ndarray, "1 1"], classes: Classes) -> str:
+    """In words: ImageNet's names are numbers of WordNet."""
     index = int(pixel[0, 0])
-    return classes.names[index] if index < len(classes) else "(none)"
+    return classes.prompts[index] if index < len(classes) else "(none)"
 
 
 def _shot(example: Example, palette: UInt8[np.ndarray, "K 3"]) -> _Shot:
