@@ -121,7 +121,8 @@ def _settings(name: str, value: Any) -> Settings:
     if not isinstance(value, Mapping) or not isinstance(value.get("tta"), str):
         raise SegmillError(
             f"methods.{name}={_written(value)} should be settings with the method first: "
-            f"methods.{name}={{tta: dusa, optimizer.learning_rate: 1e-5}}."
+            f"methods.{name}={{tta: dusa, optimizer.learning_rate: 1e-5}}. "
+            f"'~methods.{name}' leaves the row out."
         )
     if name in TAKEN or not re.fullmatch(r"[\w.-]+", name):
         raise SegmillError(
