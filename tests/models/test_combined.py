@@ -1,5 +1,6 @@
 import pytest
 import torch
+from timm.layers.norm import RmsNorm
 from torch import nn
 
 from segmill.errors import SegmillError
@@ -70,6 +71,7 @@ def test_norm_layers_are_known_by_type_not_by_name():
     for name, layer in {
         "query": RMSNorm(),
         "key": nn.RMSNorm(6),
+        "value": RmsNorm(6),
         "adaptive_norm": AdaptiveNorm(),
         "batch": nn.BatchNorm2d(6),
     }.items():
@@ -78,7 +80,7 @@ def test_norm_layers_are_known_by_type_not_by_name():
         discriminative=tiny.discriminative, generative=None, update=tiny.update, loss=tiny.loss
     )
     affine = {f"{layer}.{name}" for layer in ("norm", "batch") for name in ("weight", "bias")}
-    expected = affine | {"query.weight", "key.weight"}
+    expected = affine | {"query.weight", "key.weight", "value.weight"}
     assert set(model.parameters_to_update()) == {f"discriminative.network.{x}" for x in expected}
 
 

@@ -255,11 +255,11 @@ class CombinedModel(nn.Module):
 def norm_parameters(module: nn.Module) -> set[str]:
     """Names of the parameters of normalisation layers, by type: no projection is one.
 
-    diffusers and transformers have RMSNorm classes of their own.
+    diffusers, transformers and timm (RmsNorm, RmsNorm2d) have classes of their own for RMSNorm.
     """
     return {
         f"{prefix}.{name}"
         for prefix, layer in module.named_modules()
-        if isinstance(layer, (*NORMS, nn.RMSNorm)) or type(layer).__name__ == "RMSNorm"
+        if isinstance(layer, NORMS) or "rmsnorm" in type(layer).__name__.lower()
         for name, _ in layer.named_parameters(recurse=False)
     }

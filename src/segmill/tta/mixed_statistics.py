@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from segmill.tta.selection import over_processes
 from segmill.tta.sharding import world_size
@@ -37,6 +37,7 @@ class MixedStatistics:
             and each.running_var is not None
         }
         self._mode: Literal["used", "mixed", "kept"] = "used"
+        self._own: dict[nn.Module, tuple[Tensor | None, Tensor | None, torch.dtype]] = {}
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -55,28 +56,48 @@ class MixedStatistics:
     @contextmanager
     def _at_work(self, mode: Literal["used", "mixed", "kept"]) -> Iterator[None]:
         self._mode = mode
-        handles = [each.register_forward_hook(self._normalised) for each in self._stored]
+        handles: list[RemovableHandle] = []
+        for layer in self._stored:
+            handles.append(layer.register_forward_pre_hook(self._exchange))
+            # First, so that hooks around these find what they left.
+            handles.append(
+                layer.register_forward_hook(self._put_back, prepend=True, always_call=True)
+            )
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _normalised(
-        self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
-    ) -> Float[Tensor, "..."]:
-        """In the place of the layer's output, of the same type."""
+    def _exchange(
+        self, layer: nn.Module, inputs: tuple[Tensor, ...]
+    ) -> tuple[Float[Tensor, "..."]]:
+        """Let the layer itself normalise: timm's have their activation in the same forward."""
         assert isinstance(layer, _BatchNorm)
         values = inputs[0].float()
         mean, var = self._mixture(layer, values)
+        self._own[layer] = layer.running_mean, layer.running_var, inputs[0].dtype
         if not mean.requires_grad:
-            normal = F.batch_norm(values, mean, var, layer.weight, layer.bias, eps=layer.eps)
-            return normal.to(output.dtype)
+            layer.running_mean, layer.running_var = mean, var
+            return (values,)
+        # Torch lets no gradient through stored statistics: normalised here, and by 0 and 1 there.
         along = (-1, *[1] * (values.ndim - 2))
-        normal = (values - mean.view(along)) / (var.view(along) + layer.eps).sqrt()
-        if layer.affine:
-            normal = normal * layer.weight.view(along) + layer.bias.view(along)
-        return normal.to(output.dtype)
+        layer.running_mean = torch.zeros_like(mean)
+        layer.running_var = torch.full_like(var, 1 - layer.eps)
+        return ((values - mean.view(along)) / (var.view(along) + layer.eps).sqrt(),)
+
+    def _put_back(
+        self,
+        layer: nn.Module,
+        inputs: tuple[Tensor, ...],  # noqa: ARG002
+        output: Tensor | None,
+    ) -> Tensor | None:
+        """The layer's own statistics, also after an error; the output in the input's type."""
+        assert isinstance(layer, _BatchNorm)
+        if layer not in self._own:
+            return output
+        layer.running_mean, layer.running_var, dtype = self._own.pop(layer)
+        return None if output is None else output.to(dtype)
 
     def _mixture(self, layer: nn.Module, values: Float[Tensor, "..."]) -> Pair:
         stored = self._stored[layer]
