@@ -203,3 +203,112 @@ def test_an_experiment_is_replaced_only_when_asked_to(capsys) -> None:
     assert convert(TINY, "name=mine") == 2
     assert "overwrite=true" in capsys.readouterr().err
     assert convert(TINY, "name=mine", "overwrite=true") == 0
+
+
+def test_one_size_is_one_size(tmp_path: Path) -> None:
+    pipeline = """train_dataloader = dict(dataset=dict(pipeline=[
+    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=True),
+    dict(type='Resize', scale=(683, 512), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=(512, 512))]))"""
+    assert convert(changed(tmp_path, pipeline), "name=mine") == 0
+    data = compose("train", ["experiment=mine"]).data
+    assert (data.scale, data.ratio, data.cat_max_ratio) == ([683, 512], [1.0, 1.0], 1.0)
+
+
+def test_a_step_that_cannot_be_switched_off_is_said(tmp_path: Path, capsys) -> None:
+    pipeline = """train_dataloader = dict(dataset=dict(pipeline=[
+    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=True)]))"""
+    assert convert(changed(tmp_path, pipeline), "name=mine") == 0
+    printed = capsys.readouterr().out
+    head = Path("configs/experiment/mine.yaml").read_text().partition("defaults")[0]
+    for lacks in ("has no RandomCrop", "resizes nothing"):
+        assert f"Note: the training pipeline {lacks}" in printed
+        assert f"check: the training pipeline {lacks}" in head
+
+
+@pytest.mark.parametrize(
+    ("step", "answer"),
+    [
+        ("dict(type='Resize', scale=(683, 512))", "dropped: theirs stretches the image"),
+        (
+            "dict(type='RandomResize', scale=[(512, 512), (1024, 512)], keep_ratio=True)",
+            "dropped: data.scale is one (long edge, short edge)",
+        ),
+    ],
+)
+def test_a_resize_of_another_kind_is_said(step: str, answer: str, tmp_path: Path, capsys) -> None:
+    pipeline = f"train_dataloader = dict(dataset=dict(pipeline=[{step}]))"
+    assert convert(changed(tmp_path, pipeline), "name=mine") == 0
+    assert answer in capsys.readouterr().out
+    compose("train", ["experiment=mine"])
+
+
+@pytest.mark.parametrize(
+    "schedulers",
+    [
+        "dict(type='LinearLR', start_factor=1e-6, end=probe(), by_epoch=False), POLY",
+        "dict(type='PolyLR', power=probe(), eta_min=probe(), by_epoch=False)",
+        "dict(type='MultiStepLR', milestones=probe(), gamma=probe(), by_epoch=False)",
+    ],
+)
+def test_a_schedule_that_is_not_read_leaves_ours(schedulers: str, tmp_path: Path, capsys) -> None:
+    poly = "dict(type='PolyLR', power=1.0, begin=1500, end=160000, by_epoch=False)"
+    text = f"param_scheduler = [{schedulers.replace('POLY', poly)}]"
+    assert convert(changed(tmp_path, text), "name=mine") == 0
+    assert "probe(...) is not called" in capsys.readouterr().out
+    compose("train", ["experiment=mine"])
+
+
+def test_the_warm_up_comes_first_wherever_it_stands(tmp_path: Path, capsys) -> None:
+    text = """param_scheduler = [
+    dict(type='PolyLR', power=1.0, begin=1500, end=160000, by_epoch=False),
+    dict(type='LinearLR', start_factor=1e-6, begin=0, end=1500, by_epoch=False)]"""
+    assert convert(changed(tmp_path, text), "name=mine") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if ".begin" in line]
+    assert len(lines) == 2
+    assert all(line.endswith("same by default") for line in lines)
+
+
+def test_a_decay_that_overlaps_the_warm_up_is_said(tmp_path: Path, capsys) -> None:
+    text = """param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-6, begin=0, end=1500, by_epoch=False),
+    dict(type='PolyLR', power=1.0, end=160000, by_epoch=False)]"""
+    assert convert(changed(tmp_path, text), "name=mine") == 0
+    assert "check: theirs decays during the warm-up" in capsys.readouterr().out
+
+
+def own_dformer(tmp_path: Path, text: str) -> str:
+    """A config of one's own that starts as DFormer-Tiny's does."""
+    path = (tmp_path / TINY).with_name("mine.py")
+    path.write_text(f"{(tmp_path / TINY).read_text()}\n{text}\n")
+    return str(path)
+
+
+def test_dformer_without_scales_has_one(tmp_path: Path) -> None:
+    assert convert(own_dformer(tmp_path, "C.train_scale_array = None")) == 0
+    assert compose("train", ["experiment=mine"]).data.transform.factors == [1.0]
+
+
+def test_dformer_on_data_with_another_transform_composes(capsys) -> None:
+    assert convert(TINY, "name=mine", "data=scenes") == 0
+    assert compose("train", ["experiment=mine"]).data.transform is None
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert "dropped: data=scenes has data.scale" in lines["train_scale_array"]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "word"),
+    [
+        ("C.backbone = pick()", "C.backbone is not read (line", "model=dformer-small"),
+        ("C.dataset_name = 'KITTI'", "C.dataset_name is 'KITTI'", "data=nyu_depth_v2"),
+    ],
+)
+def test_what_an_error_about_dformer_asks_for_helps(
+    text: str, answer: str, word: str, tmp_path: Path, capsys
+) -> None:
+    file = own_dformer(tmp_path, text)
+    assert convert(file) == 2
+    printed = capsys.readouterr().err
+    assert answer in printed
+    assert f"Say {word.partition('=')[0]}=NAME" in printed
+    assert convert(file, word) == 0

@@ -67,13 +67,19 @@ def run_config(
     _check_out(target, name, overwrite=overwrite)
     rows = table.rows()
     text = experiment_text(
-        title="\n".join([f"Converted from {file.name} by segmill convert config.", *_open(rows)]),
+        title="\n".join(
+            [
+                f"Converted from {file.name} by segmill convert config.",
+                *_open(rows),
+                *(f"check: {each}" for each in table.remarks),
+            ]
+        ),
         options=start.options,
         keys=table.keys,
         name=name,
     )
     write_whole(target, text.encode())
-    _print(rows, config, target, name)
+    _print(rows, config, table.remarks, target, name)
 
 
 def _mmseg(
@@ -113,13 +119,16 @@ def _can_be_merged(rules: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 def _dformer(fields: Mapping[str, Any], model: str | None, data: str | None) -> tuple[Start, Table]:
     known = options("model")
-    chosen, set_name, short = dformer.names(fields, known)
-    chosen, set_name = model or chosen, data or set_name
+    chosen, set_name, short = dformer.names(fields, known, model=model, data=data)
     if chosen not in known:
-        raise SegmillError(f"model={chosen}: no such model{suggestion(chosen, known) or '.'}")
+        hint = suggestion(chosen, known) or "."
+        raise SegmillError(f"model={chosen}: no such model{hint} segmill models lists them.")
     recipe = _recipe(chosen, f"{chosen.partition('_')[0]}_{short}", set_name)
     if not recipe:
-        raise SegmillError(f"There is no experiment of ours for {chosen} on {set_name} yet.")
+        raise SegmillError(
+            f"There is no experiment of ours for model={chosen} to compare with. Choose a DFormer "
+            "with model=NAME; segmill models dformer lists them."
+        )
     start = _start(chosen, set_name, recipe["optim"], recipe.get("protocol", "whole"))
     table = Table(fields, start.ours)
     dformer.convert(table)
@@ -197,7 +206,9 @@ def _open(rows: Sequence[Row]) -> list[str]:
     return [f"{row.field}: {row.what}" for row in kept]
 
 
-def _print(rows: Sequence[Row], config: Config, out: Path, name: str) -> None:
+def _print(
+    rows: Sequence[Row], config: Config, remarks: Sequence[str], out: Path, name: str
+) -> None:
     cells = [(row.field, shown(row.value), row.ours, row.what) for row in rows]
     heads = ("field", "value", "ours", "what")
     widths = [max(len(row[place]) for row in (heads, *cells)) for place in range(3)]
@@ -206,7 +217,7 @@ def _print(rows: Sequence[Row], config: Config, out: Path, name: str) -> None:
         log.info("%s", "  ".join([*padded, row[3]]).rstrip())
     log.info("")
     log.info("Read %s; nothing was run.", ", ".join(str(each) for each in config.files))
-    for note in config.notes:
+    for note in [*config.notes, *remarks]:
         log.info("Note: %s", note)
     counts = {kind: sum(row.what.startswith(kind) for row in rows) for kind in KINDS}
     log.info("%s", ", ".join(f"{count} {kind}" for kind, count in counts.items() if count))

@@ -6,7 +6,7 @@ What the fields mean is the official code's, not their names': several are read 
 from collections.abc import Mapping
 from typing import Any
 
-from segmill.convert.expressions import Attributes
+from segmill.convert.expressions import Attributes, Unread
 from segmill.convert.table import SAME, Table, known_part, part_of
 from segmill.errors import SegmillError
 
@@ -41,20 +41,36 @@ def fields_of(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return next((each for each in found if "backbone" in each), None)
 
 
-def names(fields: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Our model, our data set and its short name; the model has a YAML of its own where SUN's
-    sizes differ. `known`: the models that exist."""
+def names(
+    fields: Mapping[str, Any],
+    known: Mapping[str, Any],
+    *,
+    model: str | None,
+    data: str | None,
+) -> tuple[str, str, str]:
+    """Our model, our data set and its short name ("" if it has none); `model` and `data` win.
+
+    The model has a YAML of its own where SUN's sizes differ. `known`: the models that exist.
+    """
     backbone, dataset = fields.get("backbone"), fields.get("dataset_name")
-    if backbone not in BACKBONES:
+    if model is None and backbone not in BACKBONES:
         raise SegmillError(
-            f"C.backbone is {backbone!r}; known are {', '.join(BACKBONES)}. Say model=NAME."
+            f"C.backbone is {_shown(backbone)}; known are {', '.join(BACKBONES)}. Say model=NAME."
         )
-    if dataset not in DATA:
-        raise SegmillError(f"C.dataset_name is {dataset!r}; known are {', '.join(DATA)}.")
-    data, short = DATA[str(dataset)]
-    model = BACKBONES[str(backbone)]
-    special = f"{model}_{short}"
-    return (special if special in known else model), data, short
+    if data is None and dataset not in DATA:
+        raise SegmillError(
+            f"C.dataset_name is {_shown(dataset)}; known are {', '.join(DATA)}. Say data=NAME."
+        )
+    own, short = DATA.get(str(dataset), (data or "", dict(DATA.values()).get(str(data), "")))
+    if model is None:
+        model = BACKBONES[str(backbone)]
+        special = f"{model}_{short}"
+        model = special if special in known else model
+    return model, data or own, short
+
+
+def _shown(value: Any) -> str:
+    return f"not read ({value})" if isinstance(value, Unread) else repr(value)
 
 
 def convert(table: Table) -> None:
@@ -88,6 +104,7 @@ def _network(table: Table) -> None:
 
 
 def _data(table: Table) -> None:
+    data = part_of(table.ours, "data.name")
     table.put("dataset_path", "data.data_root", table.get("dataset_path"))
     table.always("num_classes", part_of(table.ours, "data.num_classes"))
     table.always("background", 255)
@@ -104,14 +121,17 @@ def _data(table: Table) -> None:
         known = part_of(table.ours, f"model.{ours}")
         if values is not None and known is not None:
             table.put(name, f"model.{ours}", [*values, *known[len(values) :]])
-    factors = "data.transform.factors"
-    table.put("train_scale_array", factors, table.get("train_scale_array"))
+    if part_of(table.ours, "data.transform"):
+        factors = table.get("train_scale_array", [1.0])  # without, the official code does not scale
+        table.put("train_scale_array", "data.transform.factors", factors)
+    else:
+        table.note("train_scale_array", f"dropped: data={data} has data.scale and data.ratio")
     if part_of(table.ours, "protocol.window"):
         table.always("eval_crop_size", part_of(table.ours, "protocol.window"))
     table.note("eval_crop_size", "dropped: the protocol has no windows")
     table.always("eval_stride_rate", 2 / 3)
     for name in FILES:
-        table.note(name, f"{SAME}: data={part_of(table.ours, 'data.name')} says where files lie")
+        table.note(name, f"{SAME}: data={data} says where files lie")
 
 
 def _training(table: Table) -> None:

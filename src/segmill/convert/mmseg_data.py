@@ -15,6 +15,7 @@ DATA = {
     "CityscapesDataset": "cityscapes",
     "PascalVOCDataset": "pascal_voc12",
 }
+RESIZES = ("Resize", "RandomResize", "RandomChoiceResize")
 ZERO_IS_IGNORED = {"ade20k"}
 # Where the files of each data set lie, as the configs of MMSegmentation say it.
 PLACES = {
@@ -99,11 +100,7 @@ def convert_pipelines(table: Table, data: str) -> None:
         if table.readable(f"{train}[{index}]"):
             _transform(table, f"{train}[{index}]", step, data)
     if steps and table.readable(train):
-        kinds = {step.get("type") for step in steps if isinstance(step, Mapping)}
-        if "PhotoMetricDistortion" not in kinds:
-            table.set("data.photometric", False)
-        if "RandomFlip" not in kinds:
-            table.set("data.flip", 0.0)
+        _absent(table, {step.get("type") for step in steps if isinstance(step, Mapping)})
     for index, step in enumerate(table.get(val) or []):
         _test_transform(table, f"{val}[{index}]", step)
     table.note(train, "dropped: segmill.data.transforms has no such transform")
@@ -115,6 +112,38 @@ def convert_pipelines(table: Table, data: str) -> None:
         table.note("data", "dropped: not known")
 
 
+def _absent(table: Table, kinds: set[Any]) -> None:
+    """Switch off what the pipeline lacks; say it where that is not possible here."""
+    if "PhotoMetricDistortion" not in kinds:
+        table.set("data.photometric", False)
+    if "RandomFlip" not in kinds:
+        table.set("data.flip", 0.0)
+    if "RandomCrop" not in kinds:
+        table.set("data.cat_max_ratio", 1.0)
+        table.remark("the training pipeline has no RandomCrop; here data.crop cuts and pads")
+    if not kinds & set(RESIZES):
+        table.set("data.ratio", [1.0, 1.0])
+        table.remark("the training pipeline resizes nothing; here images are fitted to data.scale")
+
+
+def _resized(table: Table, place: str, step: Mapping[str, Any]) -> None:
+    """One scale, times a factor of `ratio_range` where there is one."""
+    old = "img_scale" in step
+    scale = pair(step.get("img_scale" if old else "scale"))
+    field = f"{place}.{'img_scale' if old else 'scale'}"
+    if isinstance(scale, list | tuple) and all(isinstance(each, int) for each in scale):
+        table.put(field, "data.scale", scale)
+        table.set("data.ratio", step.get("ratio_range") or [1.0, 1.0])
+    else:
+        table.note(field, "dropped: data.scale is one (long edge, short edge)")
+    table.put(f"{place}.ratio_range", "data.ratio", step.get("ratio_range") or [1.0, 1.0])
+    table.always(f"{place}.keep_ratio", True)
+    # Where the config says nothing, 0.x keeps the ratio and 1.x does not.
+    stretched = not old and "keep_ratio" not in step
+    why = "dropped: theirs stretches the image, ours keeps its ratio"
+    table.note(f"{place}.type", why if stretched else SAME)
+
+
 def _transform(table: Table, place: str, step: Any, data: str) -> None:
     kind = step.get("type") if isinstance(step, Mapping) else None
     if kind in ("LoadImageFromFile", "PackSegInputs", "DefaultFormatBundle", "Collect"):
@@ -123,11 +152,7 @@ def _transform(table: Table, place: str, step: Any, data: str) -> None:
         table.note(f"{place}.type", SAME)
         table.always(f"{place}.reduce_zero_label", data in ZERO_IS_IGNORED)
     elif kind in ("RandomResize", "Resize"):
-        scale = "img_scale" if "img_scale" in step else "scale"
-        table.put(f"{place}.{scale}", "data.scale", pair(step.get(scale)))
-        table.put(f"{place}.ratio_range", "data.ratio", step.get("ratio_range"))
-        table.always(f"{place}.keep_ratio", True)
-        table.note(f"{place}.type", SAME)
+        _resized(table, place, step)
     elif kind == "RandomChoiceResize" and step.get("resize_type") == "ResizeShortestEdge":
         table.put(f"{place}.scales", "data.short_edges", step.get("scales"))
         table.set("data.ratio", None)

@@ -122,39 +122,61 @@ def convert_schedule(table: Table) -> None:
     if not table.get(steps):
         table.note("train_cfg.max_epochs", "check: say trainer.max_steps = epochs x images / batch")
     warmup, factor = 0, 1.0
-    for place, each in _schedulers(table.fields):
+    # The warm-up first, wherever it stands: the decay is counted from its end.
+    for place, each in sorted(_schedulers(table.fields), key=lambda one: not _is_warmup(one[1])):
         kind = each.get("type")
         table.always(f"{place}.by_epoch", False)
         if kind == "LinearLR":
-            warmup, factor = each.get("end", 0), each.get("start_factor", 1 / 3)
+            # What is not read stays as it is in ours.
+            ours = table.ours["schedule"]
+            warmup = _value(table, f"{place}.end", 0, ours["warmup_steps"])
+            factor = _value(table, f"{place}.start_factor", 1 / 3, ours.get("warmup_factor"))
             table.always(f"{place}.begin", 0)
             table.always(f"{place}.end_factor", 1.0)
             table.note(place, "mapped", f"schedule.warmup_steps={warmup}, warmup_factor={factor}")
         elif kind in SCHEDULES:
-            _decay(table, place, each, warmup)
+            _decay(table, place, str(kind), warmup)
         else:
             raise SegmillError(f"{place}.type is {kind}: only LinearLR, PolyLR and MultiStepLR.")
     table.set("schedule.warmup_steps", warmup)
     table.set("schedule.warmup_factor", factor)
 
 
-def _decay(table: Table, place: str, each: Mapping[str, Any], warmup: int) -> None:
-    table.note(f"{place}.type", SAME, str(part_of(table.ours, "schedule._target_")))
-    if SCHEDULES[each["type"]] == "Poly":
-        table.set("schedule.power", each.get("power", 1.0))
-        table.set("schedule.min_lr", each.get("eta_min", 0.0))
-        table.put(f"{place}.power", "schedule.power", each.get("power"))
-        table.put(f"{place}.eta_min", "schedule.min_lr", each.get("eta_min"))
+def _decay(table: Table, place: str, kind: str, warmup: int) -> None:
+    begin, ours = f"{place}.begin", str(part_of(table.ours, "schedule._target_"))
+    if SCHEDULES[kind] == "Poly":
+        if warmup > 0 and not table.has(begin):  # then MMEngine's begin is 0
+            why = "check: theirs decays during the warm-up, too; ours from its end"
+            table.note(f"{place}.type", why, ours)
+        _put_or_default(table, f"{place}.power", "schedule.power", 1.0)
+        _put_or_default(table, f"{place}.eta_min", "schedule.min_lr", 0.0)
     else:
-        milestones = [step - warmup for step in each.get("milestones", [])]
-        begin = each.get("begin", 0)
         # MMEngine counts milestones from the scheduler's own begin, as ours are from the warm-up.
-        milestones = list(each.get("milestones", [])) if begin == warmup else milestones
-        table.put(f"{place}.milestones", "schedule.milestones", milestones)
-        table.set("schedule.gamma", each.get("gamma", 0.1))
-        table.put(f"{place}.gamma", "schedule.gamma", each.get("gamma"))
-    table.always(f"{place}.begin", warmup)
+        late = 0 if table.get(begin, 0) == warmup else warmup
+        milestones = table.get(f"{place}.milestones", ())
+        table.put(
+            f"{place}.milestones", "schedule.milestones", [each - late for each in milestones]
+        )
+        _put_or_default(table, f"{place}.gamma", "schedule.gamma", 0.1)
+    table.note(f"{place}.type", SAME, ours)
+    table.always(begin, warmup)
     table.always(f"{place}.end", table.get("train_cfg.max_iters"))
+
+
+def _put_or_default(table: Table, field: str, key: str, default: Any) -> None:
+    """Our `key` is the field, MMEngine's default where the config leaves it out."""
+    if table.has(field):
+        table.put(field, key, table.get(field))
+    else:
+        table.set(key, default)
+
+
+def _value(table: Table, field: str, default: Any, unread: Any) -> Any:
+    return table.get(field, unread if table.has(field) else default)
+
+
+def _is_warmup(scheduler: Mapping[str, Any]) -> bool:
+    return scheduler.get("type") == "LinearLR"
 
 
 def _schedulers(values: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -44,6 +44,7 @@ class Table:
         self.leaves = dict(_leaves("", fields))
         self.found: dict[str, Row] = {}
         self.keys: dict[str, Any] = {}
+        self.remarks: list[str] = []
 
     def get(self, field: str, default: Any = None) -> Any:
         """The field's value; `default` where it is absent or not read."""
@@ -95,6 +96,10 @@ class Table:
         ok = any(same(value, each) for each in allowed)
         ours = shown(allowed[0])
         self.note(field, SAME if ok else f"dropped: here it is always {ours}", ours)
+
+    def remark(self, text: str) -> None:
+        """Say of something that the source lacks, and that no row is for, what ours does."""
+        self.remarks.append(text)
 
     def rows(self) -> list[Row]:
         """A row for every field, in the order of the source; one for all that share their fate."""
