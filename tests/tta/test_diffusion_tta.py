@@ -175,6 +175,11 @@ def test_settings_that_cannot_be_are_refused(settings):
     refused(guided(), r"should be above 0", **settings)
 
 
+def test_more_classes_than_there_are_are_refused_before_anything_runs():
+    with pytest.raises(SegmillError, match=r"tta\.method\.topk=6, .* knows 5 classes"):
+        method_of("diffusion_tta", guided(), **SMALL | {"topk": 6})
+
+
 def test_an_image_of_several_windows_is_refused():
     model = guided(short=16, window=16, stride=8)
     method = method_of("diffusion_tta", model, **SMALL)

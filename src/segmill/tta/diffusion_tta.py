@@ -53,6 +53,11 @@ class DiffusionTTA:
                 f"topk={topk} should be above 0 (the last two may be null), and timestep_range="
                 f"{list(timestep_range)} rise from 0 or more to 1 or less."
             )
+        if topk is not None and topk > guide.num_classes:
+            raise SegmillError(
+                f"tta.method.topk={topk}, but the guide knows {guide.num_classes} classes. Choose "
+                "a smaller one, or null for all."
+            )
         self.model = model
         self.guide = guide
         self.steps, self.draws, self.draws_at_once = steps, draws, draws_at_once

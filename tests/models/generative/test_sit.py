@@ -199,6 +199,8 @@ def test_what_is_missing_is_listed_for_the_command(tmp_path: Path):
     assert "taesd3_encoder.safetensors" in found[1]
     assert "model.generative.codec.weights=FILE" in found[1]
     assert SiTGuide.missing(weights="random", codec={"_target_": "x", "factor": 4}) == []
+    (untrained,) = SiTGuide.missing(weights=None, codec={"_target_": "x", "factor": 4})
+    assert "model.generative.weights=null is for training" in untrained
 
 
 def test_parts_that_do_not_fit_are_refused():

@@ -84,6 +84,11 @@ def fill_guide(network: nn.Module, codec: Codec, weights: str, device: torch.dev
 def missing_files(weights: str | None, codec: Mapping[str, Any]) -> list[str]:
     """One paragraph for each file of a class-conditional guide that is not there."""
     found: list[str] = []
+    if weights is None:
+        found.append(
+            "model.generative.weights=null is for training a guide from scratch; one without "
+            "weights knows no class. Set it to a file or to the run folder of a guide."
+        )
     named = codec.get("weights")
     of_codec = partial(codec_file, key="model.generative.codec.weights")
     for look, file in ((guide_file, weights), (of_codec, named)):
