@@ -269,6 +269,8 @@ def test_mixed_is_one_stream_of_all_tasks_and_one_column(tmp_path: Path) -> None
         assert len(result.names) == 6
         assert len(set(result.names)) == 3
     assert "mixed" in (run / "report.html").read_text()
+    shown = {path.stem for path in (run / "tent" / "pictures").iterdir()}
+    assert shown == {"01_mixed_0_5", "01_mixed_0_4", "01_mixed_0_3"}, "the last of the stream"
 
 
 def test_wandb_keeps_a_run_for_every_method_offline(tmp_path: Path) -> None:

@@ -100,6 +100,19 @@ def test_a_task_that_is_shorter_than_a_step_is_said(
     assert said.startswith("tent: a task has 4 images and an optimizer step takes 4")
 
 
+def test_a_method_that_only_looks_on_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two tasks of four images: eight in a row are enough, four after each reset are not."""
+    few = {**TENT, "limit": 4, "pictures": 0}
+    fisher = "tta: eata_fisher, tta.method.fisher.images"
+    rows = f"{{a: {{{fisher}: 4}}, b: {{{fisher}: 4, tta.continual: true}}, c: {{{fisher}: 2}}}}"
+    with caplog.at_level("WARNING", logger="segmill"):
+        adapt(tmp_path, **few | {"methods": rows})
+    (said,) = (each.getMessage() for each in caplog.records if "looks on" in each.getMessage())
+    assert said.startswith("a learns nothing: it only looks on for 4 images")
+
+
 @pytest.mark.slow
 def test_settings_are_those_of_segmentation(tmp_path: Path) -> None:
     limit = {"limit": 8, **TENT, "pictures": 0, "optimizer__learning_rate": 0.1}

@@ -106,6 +106,8 @@ def test_discriminative_only_leaves_the_source_alone() -> None:
         (["methods={a: tent}"], "methods.a='tent' should be settings"),
         (["methods={a/b: {tta: tent}}"], "a/b: a row's results lie in a folder"),
         (["methods={pictures: {tta: tent}}"], "not be pictures or evidence"),
+        (["methods={results.json: {tta: tent}}"], "results.json: a row's results lie in a folder"),
+        (["methods={..: {tta: tent}}"], "not begin with '.'"),
         (["methods={source: {tta: tent}}"], "the model as it was trained"),
         (["methods={a: {tta: tent, tta.mixed: true}}"], "methods.a.tta.mixed: this is one setting"),
         (["methods={a: {tta: tent, tta.forward_mode: tta}}"], "one setting for all rows"),
@@ -149,6 +151,11 @@ def test_a_wrong_row_is_one_paragraph(typed: Sequence[str], said: str) -> None:
         ({"trainer__precision": "16-mixed"}, "'32-true' or 'bf16-mixed'"),
         ({"protocol": "slide"}, "Set protocol=whole"),
         ({"tasks": "[3]"}, "numbered from 1 to 2"),
+        ({"tasks": "[2]", "tta__mixed": "true"}, "a task depends on the others"),
+        (
+            {"tasks": "[2]", "methods": "{on: {tta: tent, tta.continual: true}}"},
+            "methods: on: tasks: with tta.continual",
+        ),
         ({"data__corruptions": "[gaussian_noize]"}, "gaussian_noise"),
     ],
 )
@@ -209,6 +216,8 @@ def test_rows_with_settings_of_their_own_run_side_by_side(tmp_path: Path) -> Non
     assert len(losses) == 6
     assert losses["t", first] == losses["t2", first]
     assert losses["t", second] != losses["t2", second]
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "t: continual; predictions from before the update; t2, d: reset for every task" in page
 
 
 def test_a_run_is_named_after_what_it_compares(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from segmill.commands.trainer import build_loggers, finish_loggers
 from segmill.configuration import Invocation, build
 from segmill.data.tasks import Task
 from segmill.tta.log import TaskLog, log_summary
-from segmill.tta.method import Method
+from segmill.tta.method import Method, Waits
 from segmill.tta.results import SOURCE, MethodResult, TaskResult, load_task, save_task
 from segmill.tta.sharing import shared_images
 
@@ -58,15 +58,17 @@ def compare(config: DictConfig, context: Invocation) -> list[MethodResult]:
             path.write_text(OmegaConf.to_yaml(row.config, resolve=True), encoding="utf-8")
     log.info("Run folder: %s\n%s", folder, parts.summary())
     _warn_of_few_images(parts, rows, methods)
+    _warn_of_waiting(parts, rows, methods)
     shown = [MIXED] if config.tta.mixed else parts.data.tasks  # all: parts of a run agree on them
-    pictures = Pictures(folder, shown, count=config.pictures, images=parts.images)
+    images = parts.images_of(mixed=config.tta.mixed)
+    pictures = Pictures(folder, shown, count=config.pictures, images=images)
     try:
         results = [_adapt(row, methods[row.name], parts, folder, pictures) for row in rows.values()]
     except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
         log.info("Finished tasks are kept. Go on with: segmill adapt resume=%s", folder)
         raise
     if parts.is_first_process:
-        write_results(folder, results, parts, pictures, config)
+        write_results(folder, results, parts, rows, pictures, config)
         log.info("Next: open %s", folder / "report.html")
     return results
 
@@ -87,7 +89,7 @@ def _warn_of_few_images(
     late = [
         name
         for name, row in rows.items()
-        if methods[name].parameters_to_update()
+        if parts.learns(row, methods[name])
         and shared_images(methods[name]) != "alone"  # learns every image by itself
         and not row.tta.continual
         and (row.tta.predict, row.tta.max_epochs) == ("before", 1)
@@ -100,6 +102,23 @@ def _warn_of_few_images(
             "trainer.accumulate.",
             *(", ".join(late), images, parts.effective_batch),
         )
+
+
+def _warn_of_waiting(
+    parts: AdaptParts, rows: Mapping[str, Row], methods: Mapping[str, Method]
+) -> None:
+    """A method that waits for more images than it will see learns nothing at all."""
+    for name, row in rows.items():
+        method = methods[name]
+        images = parts.images_of(mixed=row.tta.mixed) * row.tta.max_epochs
+        if row.tta.continual:
+            images *= len(parts.streams(mixed=False))
+        if isinstance(method, Waits) and method.waits_for >= images:
+            log.warning(
+                "%s learns nothing: it only looks on for %d images, and starts anew after %d. Take "
+                "more images (limit, tta.continual=true), or lower its number in tta.method.",
+                *(name, method.waits_for, images),
+            )
 
 
 def _adapt(

@@ -18,6 +18,7 @@ from segmill.checkpoint.load import load_weights
 from segmill.commands.adapt_refusals import (
     RANDOM,
     refuse_channels,
+    refuse_dependent,
     refuse_missing,
     refuse_protocol,
 )
@@ -109,6 +110,8 @@ class AdaptParts:
             try:
                 self._set(row)
                 methods[name] = build(row.config.tta.method, model=self.model)
+                if self.chosen is not None:
+                    refuse_dependent(row.tta)
                 check_accumulates(methods[name], self.settings.accumulate, row.tta.predict)
                 if self.sharing > 1:
                     check_shares_images(methods[name], self.settings.strategy)
@@ -117,6 +120,11 @@ class AdaptParts:
             except SegmillError as error:
                 raise SegmillError(f"methods: {name}: {error}") from error
         return methods
+
+    def learns(self, row: Row, method: Method) -> bool:
+        """Whether the row's method has weights to update under the row's settings."""
+        self._set(row)
+        return bool(method.parameters_to_update())
 
     def begin(self, row: Row, method: Method) -> None:
         """Take up the row's method with its settings of the update and the loss."""
@@ -146,7 +154,7 @@ class AdaptParts:
     @property
     def amount(self) -> str:
         """How many tasks of how many images, in words."""
-        tasks = len(self.data.tasks)
+        tasks = len(self.streams(mixed=False))
         return f"{tasks} task{'s' * (tasks > 1)} of {self.images} image{'s' * (self.images > 1)}"
 
     def summary(self) -> str:
@@ -203,14 +211,9 @@ def _refuse_other_classes(guide: Guide | None, data: AnyTaskData) -> None:
 
 
 def _chosen(config: DictConfig, count: int) -> tuple[int, ...] | None:
-    """A part of the tasks can stand alone only where no task depends on another."""
     if config.tasks is None:
         return None
     chosen = tuple(int(number) for number in config.tasks)
-    if config.tta.continual or config.tta.mixed:
-        raise SegmillError(
-            "tasks: with tta.continual or tta.mixed a task depends on the others. Leave it out."
-        )
     if not chosen or not set(chosen) <= set(range(1, count + 1)):
         raise SegmillError(f"tasks={list(chosen)}: the tasks are numbered from 1 to {count}.")
     return chosen

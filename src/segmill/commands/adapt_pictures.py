@@ -21,7 +21,8 @@ FOLDER = "pictures"
 class Pictures:
     """Chooses `count` images, spread over the tasks, and keeps what each method says of them.
 
-    They are the last ones of their tasks, when a method has had the time to adapt.
+    They are the last ones of their tasks, when a method has had the time to adapt; `images` is how
+    many a task has, or the one stream of all.
 
     RUN/pictures holds the images and labels, RUN/METHOD/pictures the predictions as class indices.
     """

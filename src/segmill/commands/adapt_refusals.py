@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from segmill.checkpoint.choose import RUN_WEIGHTS
 from segmill.checkpoint.load import find_file
+from segmill.commands.settings import TTASettings
 from segmill.configuration import build
 from segmill.errors import SegmillError
 from segmill.model_file import read_description
@@ -50,6 +51,14 @@ def refuse_protocol(protocol: Protocol) -> None:
             f"protocol={protocol.name} has protocol.absent_class=zero, which counts classes that "
             "never occur as 0; the tables and intervals of segmill adapt leave them out. Set "
             "protocol.absent_class=drop."
+        )
+
+
+def refuse_dependent(tta: TTASettings) -> None:
+    """A part of the tasks can stand alone only where no task depends on another."""
+    if tta.continual or tta.mixed:
+        raise SegmillError(
+            "tasks: with tta.continual or tta.mixed a task depends on the others. Leave it out."
         )
 
 

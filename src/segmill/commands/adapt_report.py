@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from segmill.commands.adapt_parts import AdaptParts
 from segmill.commands.adapt_pictures import Pictures
+from segmill.commands.adapt_rows import Row
 from segmill.commands.run_folder import environment
+from segmill.commands.settings import TTASettings
 from segmill.data.task_data import TaskData
 from segmill.report.adaptation import write_adaptation_report
 from segmill.report.comparison import print_table, write_csv
 from segmill.report.examples import BeforeAfter
-from segmill.tta.results import MethodResult, write_json
+from segmill.tta.results import SOURCE, MethodResult, write_json
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ def write_results(
     folder: Path,
     results: Sequence[MethodResult],
     parts: AdaptParts,
+    rows: Mapping[str, Row],
     pictures: Pictures,
     config: DictConfig,
 ) -> None:
@@ -38,16 +41,16 @@ def write_results(
         command=_read(folder / "command.txt"),
         classes=parts.data.classes,
         results=results,
-        facts=_facts(folder, parts, config),
+        facts=_facts(folder, parts, rows, config),
         examples=_before_and_after(results, pictures, parts),
         seed=config.seed,
     )
 
 
-def _facts(folder: Path, parts: AdaptParts, config: DictConfig) -> dict[str, str]:
+def _facts(
+    folder: Path, parts: AdaptParts, rows: Mapping[str, Row], config: DictConfig
+) -> dict[str, str]:
     """Everything that says what the numbers are."""
-    tta = config.tta
-    setting = "mixed" if tta.mixed else "continual" if tta.continual else "reset for every task"
     scored = "top-1, top-5, expected calibration error of 15 bins of equal width"
     if isinstance(parts.data, TaskData):
         scored = json.dumps(parts.protocol.stamp())
@@ -55,12 +58,29 @@ def _facts(folder: Path, parts: AdaptParts, config: DictConfig) -> dict[str, str
     return {
         "model": f"{model}; {parts.summary().splitlines()[0]}",
         "data": f"{parts.data.name}, {parts.amount}, order {parts.data.order_hash()}",
-        "setting": f"{setting}; predictions from {tta.predict} the update; seed {config.seed}",
+        "setting": f"{_settings(rows)}; seed {config.seed}",
         "batch": parts.batch,
         "protocol": scored,
         "commit": _read(folder / "commit.txt"),
         "environment": "; ".join(environment()),
     }
+
+
+def _settings(rows: Mapping[str, Row]) -> str:
+    """What the harness does between and after updates; of the rows, where they differ."""
+    adapting = [name for name in rows if name != SOURCE] or [SOURCE]
+    named: dict[str, list[str]] = {}
+    for name in adapting:
+        named.setdefault(_setting(rows[name].tta), []).append(name)
+    if len(named) == 1:
+        return next(iter(named))
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in named.items())
+
+
+def _setting(tta: TTASettings) -> str:
+    order = "mixed" if tta.mixed else "continual" if tta.continual else "reset for every task"
+    epochs = "" if tta.max_epochs == 1 else f", in the last of {tta.max_epochs} epochs"
+    return f"{order}; predictions from {tta.predict} the update{epochs}"
 
 
 def _before_and_after(

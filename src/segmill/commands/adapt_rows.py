@@ -24,7 +24,9 @@ NOT_OF_THESE = ("tta.method.", "tta.batch_statistics", "optimizer")
 # What may differ between rows: they share the data, the models and their weights.
 OF_A_ROW = ("tta.", "optimizer.", "model.update.", "model.loss.")
 OF_ALL_ROWS = ("tta.forward_mode", "tta.mixed")
-TAKEN = ("pictures", "evidence")  # folders of the run itself
+# Folders and files of the run itself.
+TAKEN = ("pictures", "evidence", "config.yaml", "command.txt", "commit.txt", "environment.txt")
+TAKEN += ("git.patch", "report.html", "results.csv", "results.json")
 
 Settings = dict[str, Any]
 
@@ -124,10 +126,11 @@ def _settings(name: str, value: Any) -> Settings:
             f"methods.{name}={{tta: dusa, optimizer.learning_rate: 1e-5}}. "
             f"'~methods.{name}' leaves the row out."
         )
-    if name in TAKEN or not re.fullmatch(r"[\w.-]+", name):
+    if name in TAKEN or not re.fullmatch(r"[\w-][\w.-]*", name):
         raise SegmillError(
             f"methods: {name}: a row's results lie in a folder of its name, so it should consist "
-            f"of letters, digits, '_', '-' and '.', and not be {' or '.join(TAKEN)}."
+            "of letters, digits, '_', '-' and '.', not begin with '.', and not be "
+            f"{' or '.join(TAKEN)}."
         )
     settings = {str(key): each for key, each in value.items()}
     for key in settings:

@@ -46,6 +46,11 @@ class EATA:
         self._names = {name for layer in norm_layers(model) for name in layer}
         self._average: Float[Tensor, " K"] | None = None
 
+    @property
+    def waits_for(self) -> int:
+        """The images of the Fisher penalty."""
+        return 0 if self.fisher is None else self.fisher.images
+
     def parameters_to_update(self) -> dict[str, nn.Parameter]:
         """Scale and shift of all normalisation layers of the discriminative model."""
         return {name: each for name, each in self.model.named_parameters() if name in self._names}

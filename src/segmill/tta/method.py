@@ -99,6 +99,16 @@ class Accumulates(Protocol):
     accumulates: bool
 
 
+@runtime_checkable
+class Waits(Protocol):
+    """A method that learns nothing of its first `waits_for` images, nor after a `reset`."""
+
+    @property
+    def waits_for(self) -> int:
+        """Images; 0: none."""
+        ...
+
+
 SharedImages = Literal["together", "alone", "never"]
 
 
