@@ -136,6 +136,30 @@ def test_a_step_a_window_is_not_shared_by_processes_with_other_images(kind: Any)
         check_shares_images(method, "ddp")
 
 
+@pytest.mark.parametrize("kind", [Dusa, DusaU])
+@pytest.mark.parametrize(
+    "several",
+    [
+        {"windows_at_once": 2},
+        {"windows_at_once": "processes"},
+        {"class_chunk": 2, "min_classes": 0},
+    ],
+)
+def test_passes_that_depend_on_the_images_do_not_go_with_sharded_weights(
+    kind: Any, several: dict[str, Any]
+) -> None:
+    """Processes would exchange the weights of one pass and of another, or wait for ever."""
+    method = kind(model=tiny_classifier(**several), step="image")
+    check_shares_images(method, "ddp")
+    with pytest.raises(SegmillError, match=rf"strategy=fsdp: {kind.__name__} takes .*both to null"):
+        check_shares_images(method, "fsdp")
+
+
+@pytest.mark.parametrize("kind", [Dusa, DusaU])
+def test_as_many_classes_for_every_image_are_as_many_passes(kind: Any) -> None:
+    check_shares_images(kind(model=tiny_classifier(class_chunk=2), step="image"), "fsdp")
+
+
 @pytest.mark.parametrize("name", sorted(shared_images_work.ALONE))
 def test_what_is_drawn_for_an_image_does_not_depend_on_its_batch(
     one: dict[str, Any], name: str

@@ -75,6 +75,12 @@ class JointLoss:
                 "the largest share of noise, between 0 (data) and 1 (noise); equal = fixed."
             )
 
+    @property
+    def passes_vary(self) -> bool:
+        """Whether the guide's passes in a step depend on how many windows and classes there are."""
+        few = self.class_chunk is not None and self.min_classes < self.classes_threshold
+        return few or self.windows_at_once is not None
+
     def scaled(self, logits: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
         """The logits as they enter class sets and weights, at the network's own stride."""
         if self.logits == "raw":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from segmill.models.combined import CombinedModel, Windows
 from segmill.tta.method import SharedImages, Updater, Views
-from segmill.tta.window_steps import adapt_by_windows
+from segmill.tta.window_steps import adapt_by_windows, shared_by_windows
 
 
 class Dusa:
@@ -28,7 +28,7 @@ class Dusa:
         self.model = model
         self.step: Literal["image", "window"] = step
         self.accumulates = step == "image"
-        self.shared_images: SharedImages = "together" if step == "image" else "never"
+        self.shared_images: SharedImages = shared_by_windows(model.loss, step)
 
     def parameters_to_update(self) -> dict[str, nn.Parameter]:
         """As `model.update` says."""

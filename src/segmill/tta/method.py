@@ -109,7 +109,7 @@ class Waits(Protocol):
         ...
 
 
-SharedImages = Literal["together", "alone", "never"]
+SharedImages = Literal["together", "unsharded", "alone", "never"]
 
 
 @runtime_checkable
@@ -118,9 +118,10 @@ class SharesImages(Protocol):
 
     `together`: processes learn one set of weights. What is given to `backward` is averaged over
     them, so each makes the same passes, whatever it sees; draws of the step itself do not depend
-    on how many images a process has. That is so of methods that say nothing. `alone`: each image is
-    learnt by itself, from the source; processes do not wait for each other and have all weights.
-    `never`: the steps do not fit together.
+    on how many images a process has. That is so of methods that say nothing. `unsharded`: one set
+    of weights too, but the number of passes depends on a process's images, so each has all weights.
+    `alone`: each image is learnt by itself, from the source; processes do not wait for each other
+    and have all weights. `never`: the steps do not fit together.
     """
 
     shared_images: SharedImages

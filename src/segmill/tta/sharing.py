@@ -49,6 +49,13 @@ def check_shares_images(method: Method, strategy: Literal["fsdp", "ddp"]) -> Non
             "processes with other images have other numbers of windows. Set tta.method.step=image, "
             "or trainer.share=classes."
         )
+    if how == "unsharded" and strategy == "fsdp":
+        raise SegmillError(
+            f"trainer.share=images with trainer.strategy=fsdp: {name} takes windows and classes "
+            "of its images in several passes (model.loss.windows_at_once, model.loss.class_chunk), "
+            "of which processes with other images make other numbers, and sharded weights need as "
+            "many on each. Set both to null, or trainer.strategy=ddp."
+        )
     if how == "alone" and strategy == "fsdp":
         raise SegmillError(
             f"trainer.share=images with trainer.strategy=fsdp: {name} learns every image by itself "

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from segmill.draws import Generators
 from segmill.models.combined import CombinedModel, NoisyWindows, Windows
-from segmill.tta.method import Updater, Views
+from segmill.models.joint_loss import JointLoss
+from segmill.tta.method import SharedImages, Updater, Views
 
 # Adds the gradients of some windows, times a factor, and returns the windows' losses, detached.
 Backward = Callable[[Windows, Updater, float], Float[Tensor, " N"]]
@@ -51,6 +52,13 @@ def adapt_by_windows(
             torch.clear_autocast_cache()
     assert first is not None
     return first, torch.cat(losses).mean()
+
+
+def shared_by_windows(loss: JointLoss, step: Literal["image", "window"]) -> SharedImages:
+    """What becomes of it where processes have other images, and other numbers of them."""
+    if step == "window":
+        return "never"
+    return "unsharded" if loss.passes_vary else "together"
 
 
 def _windows(
