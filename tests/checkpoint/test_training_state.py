@@ -1,5 +1,6 @@
 """A training state crosses from one runtime to the other with weights, moments and step."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from segmill.checkpoint.training_state import (
     TrainingState,
     latest_state,
     read_training_state,
+    require_training_state,
     steps_of,
     write_training_state,
 )
@@ -106,3 +108,85 @@ def test_of_two_states_in_a_folder_the_one_with_more_steps_goes_on(tmp_path: Pat
     assert latest_state(tmp_path) == tmp_path / "last.pkl"
     torch.save({"global_step": 12, "state_dict": {}}, tmp_path / "last.ckpt")
     assert latest_state(tmp_path) == tmp_path / "last.ckpt"
+
+
+LIGHTNINGS = {
+    "pytorch-lightning_version": "2.5",
+    "loops": {"fit_loop": {}},
+    "state_dict": {"model.network.w": torch.ones(2)},
+    "optimizer_states": [{"state": {}, "param_groups": []}],
+    "global_step": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "answer"),
+    [
+        ({"state_dict": {"net.w": torch.ones(2)}}, "lacks weights called model.network"),
+        ({"optimizer_states": []}, "lacks the state of an optimizer"),
+        ({"optimizer_states": None}, "lacks optimizer_states"),
+        ({"loops": None}, "lacks loops"),
+        ({"pytorch-lightning_version": None}, "lacks pytorch-lightning_version"),
+        ({"global_step": "three"}, "its global_step is 'three'"),
+        ({"global_step": torch.zeros(2)}, "its global_step is"),
+        ({"global_step": None}, "holds weights only"),
+    ],
+)
+def test_no_run_goes_on_from_a_state_of_another_library(change: dict, answer: str, tmp_path: Path):
+    path = tmp_path / "last.ckpt"
+    torch.save(LIGHTNINGS, path)
+    require_training_state(path)
+    torch.save(LIGHTNINGS | change, path)
+    with pytest.raises(CheckpointError, match=answer) as caught:
+        require_training_state(path)
+    assert f"Use weights={path}" in str(caught.value)
+
+
+def test_a_mere_checkpoint_with_a_step_is_no_state(tmp_path: Path):
+    torch.save({"global_step": 3, "state_dict": Small().state_dict()}, tmp_path / "epoch.pth")
+    with pytest.raises(CheckpointError, match="lacks optimizer, random, best"):
+        require_training_state(tmp_path / "epoch.pth")
+
+
+@pytest.mark.parametrize(
+    "states",
+    [
+        [],
+        [{}, {}],
+        ["adam"],
+        [{"state": {}, "param_groups": [{"params": [0]}]}],  # without names
+    ],
+)
+def test_an_optimizer_that_is_not_ours_is_refused(states: list, tmp_path: Path):
+    torch.save(LIGHTNINGS | {"optimizer_states": states}, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match="is no training state of segmill"):
+        read_training_state(tmp_path / "last.ckpt")
+
+
+def test_jittors_state_of_another_optimizer_or_network_is_refused(tmp_path: Path):
+    state, network, path = jittor_state(), Small(), tmp_path / "carried.ckpt"
+    fewer = replace(state, exp_avg={"conv.bias": state.exp_avg["conv.bias"]})
+    with pytest.raises(CheckpointError, match="is of other parameters: 3 names"):
+        write_lightning_state(path, fewer, network=network, optimizer=ADAMW.build(network))
+    other = replace(state, weights=state.weights | {"head.weight": np.ones(3, "f4")})
+    with pytest.raises(CheckpointError, match="is of another network") as caught:
+        write_lightning_state(path, other, network=network, optimizer=ADAMW.build(network))
+    assert "leave out what changes the model" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_carried_state_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch):
+    def half(_tree: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    network = Small()
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        write_lightning_state(
+            tmp_path / "carried.ckpt",
+            jittor_state(),
+            network=network,
+            optimizer=ADAMW.build(network),
+        )
+    assert not list(tmp_path.iterdir())

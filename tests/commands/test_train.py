@@ -125,6 +125,23 @@ def test_a_truncated_checkpoint_is_refused_before_anything_is_touched(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("word", ["", "model.network.decode_head.channels=8"])
+def test_a_state_of_another_network_is_refused_before_anything_is_touched(
+    word: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(finished / "last.ckpt", weights_only=True)
+    if not word:
+        weights = state["state_dict"].items()
+        state["state_dict"] = {name.replace("model.", "net."): value for name, value in weights}
+    torch.save(state, tmp_path / "last.ckpt")
+    for name in ("config.yaml", "metrics.csv"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    before = sorted(tmp_path.iterdir())
+    assert main(["train", f"resume={tmp_path}", *filter(None, [word])]) == 2
+    assert "weights=" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_resumed_run_may_not_become_another_one(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,8 +12,14 @@ import torch
 from jaxtyping import Shaped
 from torch import nn
 
-from segmill.checkpoint.load import load_arrays
-from segmill.checkpoint.training_state import NETWORK, TrainingState
+from segmill.checkpoint.load import load_arrays, shapes_of
+from segmill.checkpoint.training_state import (
+    NETWORK,
+    TrainingState,
+    require_same_network,
+    require_same_parameters,
+)
+from segmill.files import whole_file
 
 Array = Shaped[np.ndarray, "..."]
 
@@ -30,25 +36,33 @@ def write_lightning_state(
     `network` and `optimizer` are those that will go on; the weights are loaded into the network,
     which refuses a state of another one.
     """
+    require_same_network(state.weights, shapes_of(network))
     load_arrays(network, state.weights)
     weights = {f"{NETWORK}{name}": value for name, value in network.state_dict().items()}
-    torch.save(
-        {
-            "epoch": 0,
-            "global_step": state.step,
-            "pytorch-lightning_version": lightning.__version__,
-            "state_dict": weights,
-            "loops": {"fit_loop": _progress(state.step)},
-            "callbacks": {},
-            "optimizer_states": [_moments(optimizer, state)],
-            "lr_schedulers": [{"step": state.step}],
-        },
-        path,
-    )
+    tree = {
+        "epoch": 0,
+        "global_step": state.step,
+        "pytorch-lightning_version": lightning.__version__,
+        "state_dict": weights,
+        "loops": {"fit_loop": _progress(state.step)},
+        "callbacks": {},
+        "optimizer_states": [_moments(optimizer, state)],
+        "lr_schedulers": [{"step": state.step}],
+    }
+    # Every process of a run writes this same file.
+    with whole_file(path) as scratch:
+        torch.save(tree, scratch)
 
 
 def _moments(optimizer: torch.optim.Optimizer, state: TrainingState) -> dict[str, Any]:
     tree = optimizer.state_dict()
+    shapes = {
+        name: tuple(parameter.shape)
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+    for moments in (state.exp_avg, state.exp_avg_sq):
+        require_same_parameters(moments, shapes)
     for group in tree["param_groups"]:
         for name, index in zip(group["param_names"], group["params"], strict=True):
             tree["state"][index] = {

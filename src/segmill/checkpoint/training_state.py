@@ -15,12 +15,16 @@ import numpy as np
 from jaxtyping import Shaped
 
 from segmill.checkpoint.read import CheckpointError, read_any
+from segmill.checkpoint.report import compare
 from segmill.checkpoint.write_jittor import write_jittor
 
 Array = Shaped[np.ndarray, "..."]
 Arrays = dict[str, Array]
 STATES = ("last.ckpt", "last.pkl")
 NETWORK = "model.network."
+OF_TORCH = ("state_dict", "optimizer_states", "loops", "pytorch-lightning_version")
+KINDS = (Mapping, list, str, np.ndarray)  # what these entries may be
+OF_JITTOR = ("state_dict", "optimizer", "random", "best")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,42 @@ def steps_of(path: Path) -> int | None:
     if not isinstance(tree, Mapping):
         return None
     steps = tree.get("global_step")
-    return None if steps is None else int(np.asarray(steps).reshape(()))
+    return None if steps is None else _number(path, steps)
+
+
+def require_training_state(path: Path) -> None:
+    """Refuse what no run of segmill wrote to go on from: weights, states of other libraries."""
+    tree = _tree_of_state(path)
+    entries = OF_TORCH if "optimizer_states" in tree else OF_JITTOR
+    missing = [name for name in entries if not isinstance(tree.get(name), KINDS)]
+    if entries is OF_TORCH and not (missing or network_weights(tree)):
+        missing = [f"weights called {NETWORK}*"]
+    if entries is OF_TORCH and not (missing or tree["optimizer_states"]):
+        missing = ["the state of an optimizer"]
+    if missing:
+        raise _foreign(path, f"it lacks {', '.join(missing)}")
+    _number(path, tree["global_step"])
+
+
+def require_same_network(weights: Mapping[str, Array], shapes: Mapping[str, Any]) -> None:
+    """Refuse to go on with the weights of another network than that of these `shapes`."""
+    report = compare(weights, shapes)
+    if report.problems:
+        raise CheckpointError(
+            f"The training state is of another network.\n{report.text()}\nTo go on, leave out "
+            "what changes the model; or start at step 0 with weights=FILE, which says what may "
+            "differ."
+        )
+
+
+def require_same_parameters(moments: Mapping[str, Array], shapes: Mapping[str, Any]) -> None:
+    """Refuse AdamW's moments of other parameters than those of these `shapes`."""
+    found = {name: tuple(array.shape) for name, array in moments.items()}
+    if wrong := {name for name in {*found, *shapes} if found.get(name) != shapes.get(name)}:
+        raise CheckpointError(
+            f"The optimizer's state is of other parameters: {len(wrong)} names or shapes differ, "
+            f"{min(wrong)!r} among them. Resume with the model and the optimizer of that run."
+        )
 
 
 def write_training_state(path: Path, state: TrainingState) -> None:
@@ -68,36 +107,47 @@ def write_training_state(path: Path, state: TrainingState) -> None:
 
 def read_training_state(path: Path) -> TrainingState:
     """Read either form; CheckpointError says what a file lacks."""
+    tree = _tree_of_state(path)
+    try:
+        return _of_torch(path, tree) if "optimizer_states" in tree else _of_jittor(path, tree)
+    except CheckpointError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise _foreign(path, f"{type(error).__name__}: {error!s:.80}") from error
+
+
+def network_weights(tree: Mapping[str, Any]) -> Arrays:
+    """The network's part of a state of torch, by the network's names."""
+    return {
+        name.removeprefix(NETWORK): value
+        for name, value in tree["state_dict"].items()
+        if str(name).startswith(NETWORK)
+    }
+
+
+def _tree_of_state(path: Path) -> Mapping[str, Any]:
     tree = read_any(path)
-    if not isinstance(tree, Mapping) or "global_step" not in tree:
+    if not isinstance(tree, Mapping) or tree.get("global_step") is None:
         raise CheckpointError(
             f"{path} holds weights only, no optimizer and no step, so there is nothing to go on "
             f"from. Use weights={path} to start at step 0 from these weights."
         )
-    return _of_torch(path, tree) if "optimizer_states" in tree else _of_jittor(path, tree)
+    return tree
 
 
 def _of_jittor(path: Path, tree: Mapping[str, Any]) -> TrainingState:
-    try:
-        return TrainingState(
-            weights=dict(tree["state_dict"]),
-            exp_avg=dict(tree["optimizer"]["exp_avg"]),
-            exp_avg_sq=dict(tree["optimizer"]["exp_avg_sq"]),
-            step=int(tree["global_step"][0]),
-            random=dict(tree["random"]),
-            best=float(tree["best"][0]),
-        )
-    except (KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{path} is no training state of segmill: {error!r}.") from error
+    return TrainingState(
+        weights=dict(tree["state_dict"]),
+        exp_avg=dict(tree["optimizer"]["exp_avg"]),
+        exp_avg_sq=dict(tree["optimizer"]["exp_avg_sq"]),
+        step=_number(path, tree["global_step"]),
+        random=dict(tree["random"]),
+        best=float(tree["best"][0]),
+    )
 
 
 def _of_torch(path: Path, tree: Mapping[str, Any]) -> TrainingState:
     (optimizer,) = tree["optimizer_states"]
-    weights = {
-        name.removeprefix(NETWORK): value
-        for name, value in tree["state_dict"].items()
-        if name.startswith(NETWORK)
-    }
     moments: dict[str, Arrays] = {"exp_avg": {}, "exp_avg_sq": {}}
     for group in optimizer["param_groups"]:
         for name, index in zip(group["param_names"], group["params"], strict=True):
@@ -108,5 +158,24 @@ def _of_torch(path: Path, tree: Mapping[str, Any]) -> TrainingState:
                         "AdamW's state can be carried to another runtime."
                     )
                 arrays[name] = optimizer["state"][index][kind]
-    step = int(np.asarray(tree["global_step"]).reshape(()))
-    return TrainingState(weights=weights, step=step, random={}, best=float("nan"), **moments)
+    return TrainingState(
+        weights=network_weights(tree),
+        step=_number(path, tree["global_step"]),
+        random={},
+        best=float("nan"),
+        **moments,
+    )
+
+
+def _number(path: Path, steps: Any) -> int:
+    try:
+        return int(np.asarray(steps).reshape(()))
+    except (TypeError, ValueError) as error:
+        raise _foreign(path, f"its global_step is {steps!r:.40}") from error
+
+
+def _foreign(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is no training state of segmill: {why}. Use weights={path} to start at step 0 "
+        "from its weights."
+    )

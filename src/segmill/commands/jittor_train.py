@@ -16,6 +16,7 @@ from segmill.checkpoint.read import read_checkpoint
 from segmill.checkpoint.training_state import (
     TrainingState,
     read_training_state,
+    require_same_network,
     write_training_state,
 )
 from segmill.checkpoint.write_jittor import write_jittor
@@ -30,7 +31,12 @@ from segmill.commands.jittor_parts import (
     use_device,
 )
 from segmill.commands.reporting import report
-from segmill.commands.run_config import resume_point, resumed_config, run_name
+from segmill.commands.run_config import (
+    require_steps_to_take,
+    resume_point,
+    resumed_config,
+    run_name,
+)
 from segmill.commands.run_folder import new_run_folder, write_provenance
 from segmill.commands.trainer_settings import TrainerSettings
 from segmill.configuration import Invocation, build, plain
@@ -38,7 +44,7 @@ from segmill.errors import SegmillError
 from segmill.evidence import write_evidence
 from segmill.jittor import random
 from segmill.jittor.data.datamodule import SegmentationData
-from segmill.jittor.load import load_arrays, named_arrays
+from segmill.jittor.load import load_arrays, named_arrays, shapes_of
 from segmill.jittor.models.discriminative import Discriminative
 from segmill.jittor.training import Evaluation, Training
 from segmill.metrics import scores
@@ -72,6 +78,8 @@ def run(config: DictConfig, context: Invocation) -> None:
         resume = resume_point(Path(config.resume))
         config = resumed_config(resume.parent, config, context)
         state = read_training_state(resume)
+        steps = config.trainer.max_steps
+        require_steps_to_take(resume, done=state.step, max_steps=steps, runtime="jittor")
     device = use_device(config.trainer.accelerator)
     parts = build_parts(config, state)
     if parts.settings.fast_dev_run:
@@ -146,6 +154,7 @@ def build_parts(config: DictConfig, state: TrainingState | None) -> Parts:
 def _load(model: Discriminative, config: DictConfig, state: TrainingState | None) -> str:
     """Load what the run starts from; what that was, in words."""
     if state is not None:
+        require_same_network(state.weights, shapes_of(model.network))
         load_arrays(model.network, state.weights, rules=())
         return f"Going on at step {state.step}."
     if config.weights is None:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from segmill.checkpoint.training_state import latest_state, steps_of
+from segmill.checkpoint.training_state import latest_state, require_training_state
 from segmill.configuration import Invocation
 from segmill.data.classes import Classes, HasClasses
 from segmill.errors import SegmillError
 
+STATE_SUFFIX = {"torch": ".ckpt", "jittor": ".pkl"}
 # What may differ from the run as it was; keys with a dot are single values and may, too.
 MAY_CHANGE = ("seed", "runtime")
 
@@ -35,12 +36,17 @@ def resume_point(path: Path) -> Path:
             f"without resume."
         )
     # Reading it whole refuses a truncated file before anything is touched.
-    if steps_of(found) is None:
-        raise SegmillError(
-            f"resume={path}: this file holds weights only, no optimizer and no step, so there is "
-            f"nothing to go on from. Use weights={path} to start at step 0 from these weights."
-        )
+    require_training_state(found)
     return found
+
+
+def require_steps_to_take(resume: Path, *, done: int, max_steps: int, runtime: str) -> None:
+    """Refuse the finished run of the other runtime, whose best checkpoint this one lacks."""
+    if done >= max_steps and resume.suffix != STATE_SUFFIX[runtime]:
+        raise SegmillError(
+            f"resume={resume}: all {max_steps} steps are done, on the other runtime. To train "
+            "longer, set trainer.max_steps; for what that run still has to write, resume it there."
+        )
 
 
 def resumed_config(folder: Path, config: DictConfig, context: Invocation) -> DictConfig:
@@ -52,16 +58,17 @@ def resumed_config(folder: Path, config: DictConfig, context: Invocation) -> Dic
     # Runs written before there were runtimes say none.
     changed = OmegaConf.create({"runtime": config.runtime})
     for override in context.overrides:
-        key = override.partition("=")[0]
+        key = _key(override)
         if key in {"resume", "output_dir"}:
             continue
-        if "." not in key and key not in MAY_CHANGE:
+        if key.startswith("~") or ("." not in key and key not in MAY_CHANGE):
             raise SegmillError(
                 f"resume continues a run as it was; {override} would make it another one. "
                 f"Leave it out, or start a new run with weights={folder}/model.safetensors."
             )
         OmegaConf.update(changed, key, OmegaConf.select(config, key))
-    merged = OmegaConf.merge(known, changed)
+    # The state has the weights; the file that they started from may be gone.
+    merged = OmegaConf.merge(known, changed, {"weights": None})
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -77,13 +84,23 @@ def config_of_run(config: DictConfig, context: Invocation) -> DictConfig:
     known = OmegaConf.load(saved)
     chosen = OmegaConf.create({"data": known.data})
     for override in context.overrides:
-        key = override.partition("=")[0].lstrip("+")
+        key = _key(override)
+        if key.startswith("~data"):
+            raise SegmillError(
+                f"{override} would take a part of the run's own data away. Set its keys to other "
+                "values, or choose the data set by data=NAME."
+            )
         if key.startswith("data."):
             OmegaConf.update(chosen, key, OmegaConf.select(config, key))
     merged = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     merged.data = chosen.data
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _key(override: str) -> str:
+    """`trainer.clip` of `++trainer.clip=1`; a `~`, which takes a key away, stays."""
+    return override.partition("=")[0].lstrip("+")
 
 
 def require_same_classes(classes: Classes, data: HasClasses) -> None:

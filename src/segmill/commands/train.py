@@ -13,12 +13,23 @@ from omegaconf import DictConfig
 
 from segmill.callbacks import SaveOnInterrupt
 from segmill.checkpoint.lightning_state import write_lightning_state
-from segmill.checkpoint.load import load_weights
-from segmill.checkpoint.training_state import read_training_state, steps_of
+from segmill.checkpoint.load import load_weights, shapes_of
+from segmill.checkpoint.read import read_any
+from segmill.checkpoint.training_state import (
+    network_weights,
+    read_training_state,
+    require_same_network,
+    steps_of,
+)
 from segmill.commands.evaluate import score
 from segmill.commands.plan import dry_run
 from segmill.commands.reporting import report
-from segmill.commands.run_config import resume_point, resumed_config, run_name
+from segmill.commands.run_config import (
+    require_steps_to_take,
+    resume_point,
+    resumed_config,
+    run_name,
+)
 from segmill.commands.run_folder import new_run_folder, write_provenance
 from segmill.commands.trainer import (
     LoggingSettings,
@@ -60,19 +71,25 @@ def run(config: DictConfig, context: Invocation) -> None:
         return
     start_step = 0 if resume is None else steps_of(resume) or 0
     parts = build_parts(config, evidence=Path("evidence"), start_step=start_step)
+    start = parts.weights
+    if resume is not None:
+        steps = parts.settings.max_steps
+        require_steps_to_take(resume, done=start_step, max_steps=steps, runtime="torch")
+        start = f"Going on at step {start_step}."
     if parts.settings.fast_dev_run:
         with tempfile.TemporaryDirectory() as scratch:
-            fit(parts, config, Path(scratch), resume)
+            state = None if resume is None else _for_lightning(resume, parts, Path(scratch))
+            fit(parts, config, Path(scratch), state)
         log.info("fast_dev_run: one step of training and validation went through.")
         return
     # Only now: a run that cannot be built leaves no folder behind.
     folder = resume.parent if resume else new_run_folder(config.output_dir, run_name(config))
-    resume = None if resume is None else _for_lightning(resume, parts)
+    state = None if resume is None else _for_lightning(resume, parts, folder)
     parts.module.evidence = folder / "evidence"
     if resume is None:
         write_provenance(folder, config, context.command)
-    log.info("Run folder: %s\n%s", folder, parts.weights)
-    trainer = fit(parts, config, folder, resume)
+    log.info("Run folder: %s\n%s", folder, start)
+    trainer = fit(parts, config, folder, state)
     scored = score(trainer, parts.segmenter, parts.data, split=parts.data.val_split)
     if trainer.is_global_zero:
         report(scored, folder)
@@ -152,16 +169,18 @@ def _keep_best(parts: Parts, folder: Path) -> None:
         save_segmenter(folder / "model.safetensors", parts.segmenter)
 
 
-def _for_lightning(resume: Path, parts: Parts) -> Path:
-    """The state in Lightning's form: what Jittor wrote is carried over into a file beside it."""
+def _for_lightning(resume: Path, parts: Parts, folder: Path) -> Path:
+    """The state in Lightning's form: what Jittor wrote is carried over into a file in `folder`."""
+    network = parts.module.model.network
     if resume.suffix != ".pkl":
+        require_same_network(network_weights(read_any(resume)), shapes_of(network))
         return resume
-    carried = resume.with_name("carried.ckpt")
+    carried = folder / "carried.ckpt"
     write_lightning_state(
         carried,
         read_training_state(resume),
-        network=parts.module.model.network,
-        optimizer=parts.module.optimizer_settings.build(parts.module.model.network),
+        network=network,
+        optimizer=parts.module.optimizer_settings.build(network),
     )
     log.info(
         "%s is Jittor's: weights, AdamW's moments and the step go on here; random draws start anew "

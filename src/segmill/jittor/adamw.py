@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 import jittor as jt
 import numpy as np
 
+from segmill.checkpoint.training_state import require_same_parameters
 from segmill.errors import SegmillError
 
 SMALLEST = 1e-30  # of a squared gradient
@@ -81,23 +82,14 @@ class AdamW:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was asked for, of the same parameters."""
+        shapes = {name: tuple(value.shape) for name, value in self.parameters.items()}
         for key in ("exp_avg", "exp_avg_sq"):
-            _check({name: value.shape for name, value in state[key].items()}, self.parameters)
+            require_same_parameters(state[key], shapes)
         self.count = int(state["step"])
         for name in self.parameters:
             self.means[name].update(jt.array(state["exp_avg"][name]))
             self.squares[name].update(jt.array(state["exp_avg_sq"][name]))
         self._settle()
-
-
-def _check(found: Mapping[str, Sequence[int]], parameters: Mapping[str, jt.Var]) -> None:
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    wrong = {name for name in {*found, *shapes} if tuple(found.get(name, ())) != shapes.get(name)}
-    if wrong:
-        raise SegmillError(
-            f"The optimizer's state is of other parameters: {len(wrong)} names or shapes differ, "
-            f"{min(wrong)!r} among them. Resume with the model and the optimizer of that run."
-        )
 
 
 def _zeros_like(parameter: jt.Var) -> jt.Var:
