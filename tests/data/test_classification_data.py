@@ -79,6 +79,15 @@ def test_files_of_the_classifiers_size_are_taken_as_they_are(written: Path):
     np.testing.assert_array_equal(batch["image"][0].permute(1, 2, 0), expected)
 
 
+def test_a_batch_of_images_of_several_sizes_is_refused_with_a_remedy(own: Path):
+    first, *_ = sorted((own / "fog" / "5" / WNIDS[0]).iterdir())
+    Image.new("RGB", (SIDE + 1, SIDE)).save(first)
+    data = imagenet_c(own, view=None)
+    with pytest.raises(DataError, match=rf"{first.stem} is {SIDE} x {SIDE + 1}.* Set data\.view"):
+        batches(data, 0)
+    assert len(batches(imagenet_c(own, view=None, batch_size=1), 0)) == 6
+
+
 def test_the_order_is_the_same_for_every_task_and_follows_the_seed(written: Path):
     data = imagenet_c(written)
     order = names(batches(data, 0))

@@ -128,6 +128,14 @@ def test_a_label_outside_the_classes_is_refused_by_name() -> None:
         )
 
 
+@pytest.mark.parametrize("classes", [7, 9])
+def test_a_model_of_other_classes_is_refused(classes: int) -> None:
+    """With more of them a rank would be counted among classes that the data set does not have."""
+    (batch, _), *_ = steps(2)
+    with pytest.raises(SegmillError, match=rf"has {classes} classes and the data set 8"):
+        record().add(batch, torch.zeros(2, classes, 1, 1), loss=0.0, seconds=0.0)
+
+
 def test_a_map_of_logits_is_refused() -> None:
     batch = {"label": torch.zeros(1, 1, 1, dtype=torch.int64), "name": ["a"]}
     with pytest.raises(SegmillError, match="a map of 2 x 3 logits, and the data set has one label"):

@@ -29,7 +29,8 @@ def predict_classes(
     segmenter: Segmenter, inputs: Iterable[Input], folder: Path, *, view: ImageView | None
 ) -> int:
     """Write `predictions.csv`: image, then class and probability, the likeliest first."""
-    columns = [f"{what}_{place}" for place in range(1, TOP + 1) for what in ("class", "prob")]
+    places = range(1, min(TOP, len(segmenter.classes)) + 1)
+    columns = [f"{what}_{place}" for place in places for what in ("class", "prob")]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", *columns])
@@ -51,8 +52,11 @@ def predict_classes(
 
 
 def view_of_run(run: Path) -> ImageView | None:
-    """Images of another size than the training's are resized and cut to it; None: as they are."""
-    config = (run if run.is_dir() else run.parent) / "config.yaml"
+    """Images of another size than the training's are resized and cut to it; None: as they are.
+
+    `run` is a run folder or its file; a variant's name has no training.
+    """
+    config = (run.parent if run.is_file() else run) / "config.yaml"
     if not config.is_file():
         return None
     height, width = OmegaConf.load(config).data.crop

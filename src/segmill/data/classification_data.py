@@ -246,6 +246,13 @@ class _Stream:
 
 def as_batch(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Items of equal size as one batch; a label is a map of one pixel."""
+    sizes = {(*item["image"].shape[2:],): item["name"] for item in items}
+    if len(sizes) > 1:
+        (size, name), (other, its_name) = list(sizes.items())[:2]
+        raise DataError(
+            f"{name} is {size[0]} x {size[1]} and {its_name} is {other[0]} x {other[1]}: images of "
+            "a batch have one size. Set data.view, which prepares them, or data.batch_size=1."
+        )
     same = all(item["original"] is item["image"] for item in items)
     image = torch.cat([item["image"] for item in items])
     return {

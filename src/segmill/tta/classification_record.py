@@ -45,6 +45,12 @@ class ClassificationRecord:
                 "data set has one label for an image. Choose a classifier "
                 "(model/discriminative=classifier/NAME), or the data of a segmentation."
             )
+        if logits.shape[1] != self._num_classes:
+            raise SegmillError(
+                f"The model has {logits.shape[1]} classes and the data set {self._num_classes}. "
+                "Choose a classifier that was trained on the data set's classes, or set "
+                "model.discriminative.network.num_classes and data.num_classes to the same number."
+            )
         label = batch["label"].flatten()
         self._require_known(batch, label)
         ranks, confidences, pred = ranked(logits.flatten(1).float(), label.clamp(min=0))
