@@ -24,6 +24,7 @@ from segmill.tta.source import Source
 from segmill.tta.tent import Tent
 from tiny_adapt import tiny_model, tiny_views
 from tiny_adaptation import adapt_tiny, tiny_adapt_words
+from tiny_images import adapt_images
 from tiny_methods import BatchNormNet, tiny_combined
 from tiny_tasks import PROTOCOL
 from tiny_trainer import HEIGHT, WIDTH, fit, module_of
@@ -201,7 +202,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_image(
     model = tiny_model()
     module = module_of(model, evidence=tmp_path / "evidence")
     module.begin(Recorder(model=model, loss=loss), None, batch_statistics=False)
-    with pytest.raises(SegmillError, match=r"image 0 \(number 1 .*nan|inf.*learning_rate"):
+    with pytest.raises(SegmillError, match=rf"image 0 \(number 1 .* is {loss}\..*learning_rate"):
         fit(module, tmp_path, TASKS[0])
     folder = tmp_path / "evidence" / "rank0"
     facts = json.loads((folder / "evidence.json").read_text())
@@ -211,6 +212,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_image(
         "00_image.png",
         "00_label.png",
     }
+
+
+def test_of_a_large_batch_a_few_images_are_named(tmp_path: Path) -> None:
+    match = r"images image 0, image 1, image 2 and 2 more \(from number 1 of their task on\) is nan"
+    with pytest.raises(SegmillError, match=match):
+        adapt_images(lambda model: Recorder(model=model, loss=math.nan), tmp_path, count=5, batch=5)
 
 
 def test_a_learning_rate_that_breaks_the_model_is_said_with_the_image(

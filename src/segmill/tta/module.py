@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,8 @@ from segmill.tta.sharing import (
 )
 from segmill.tta.step_plan import step_plan
 from segmill.tta.updaters import DirectUpdater, GatheringUpdater
+
+SHOWN = 3  # names in a message
 
 
 class TTAModule(lightning.LightningModule):
@@ -247,10 +249,18 @@ class TTAModule(lightning.LightningModule):
             )
             kept = f" What was seen is kept in {folder}."
         raise SegmillError(
-            f"The loss of image {', '.join(names)} (number {seen + 1} of its task) "
-            f"is {loss}.{kept} Usual causes: optimizer.learning_rate is too high for this model, "
-            "or the guide's weights are not what model.generative says."
+            f"The loss of {_placed(names, seen + 1)} is {loss}.{kept} Usual causes: "
+            "optimizer.learning_rate is too high for this model, or the guide's weights are not "
+            "what model.generative says."
         )
+
+
+def _placed(names: Sequence[str], number: int) -> str:
+    """Images of a batch, the first of which is the task's `number`-th."""
+    if len(names) == 1:
+        return f"image {names[0]} (number {number} of its task)"
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"images {', '.join(names[:SHOWN])}{more} (from number {number} of their task on)"
 
 
 def _ignore(first: int, batch: dict[str, Any], pred: Tensor) -> None:
