@@ -98,6 +98,28 @@ def test_the_loss_is_the_one_of_adaptation_with_the_label_as_probabilities():
     torch.testing.assert_close(loss, squared[known].mean(), rtol=1e-5, atol=0)
 
 
+def test_an_answer_for_the_image_is_not_trained_by_maps():
+    """The class of its first cell would be taken for the image's."""
+    image, label = samples(2, seed=0)
+    made = classifier(answer="image", contrast=1.0)
+    with pytest.raises(SegmillError, match=r"answer=image .* Set model\.network\.answer=cell"):
+        made.losses(image, label)
+
+
+def test_images_without_a_label_do_not_count():
+    made = classifier(answer="image", contrast=1.0, unconditional=0.0, classes_per_image=3)
+    for parameter in made.guide.network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    image, label = samples(2, seed=0)[0], torch.tensor([1, -1])[:, None, None]
+    terms = []
+    for second in (image[1], -image[1]):
+        torch.manual_seed(1)
+        terms.append(made.losses(torch.stack([image[0], second]), label))
+    assert terms[0] == terms[1]
+    assert all(each > 0 for each in terms[0].values())
+    assert not any(made.losses(image, torch.full_like(label, -1)).values())
+
+
 def test_with_fewer_classes_the_cells_of_the_others_do_not_count():
     made = classifier(classes_per_image=1, unconditional=0.0)
     _, label = samples(8, seed=0)

@@ -96,11 +96,17 @@ class GuideClassifier(nn.Module):
                 f"data.crop is {height} x {width}; this guide is trained on multiples of "
                 f"{multiple} pixels (model.network.guide.view.multiple)."
             )
+        whole = label.shape[1:] == (1, 1)
+        if self.answer == "image" and not whole:
+            raise SegmillError(
+                "model.network.answer=image is for images with one class each, and this data set "
+                "has a label for every pixel. Set model.network.answer=cell, or choose data with "
+                "one label an image."
+            )
         latent = self.guide.encode(_pixels(image))
         low, high = self.t_range
         t = low + (high - low) * torch.rand(len(latent), device=latent.device)
         noisy_latent, target = self.guide.noisy(latent, torch.randn_like(latent), t)
-        whole = label.shape[1:] == (1, 1)
         shares = class_shares(
             label.expand(-1, height, width) if whole else label,
             self.guide.num_classes,
