@@ -6,7 +6,9 @@ segmill.jittor.optim.AdamW. What needs no framework has no twin and is used as i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,18 @@ from segmill.paths import CONFIGS
 RUNTIMES = ("torch", "jittor")
 PACKAGE = Path(__file__).resolve().parent
 # Below these, everything needs a framework.
-FRAMEWORK = ("segmill.models.", "segmill.optim.", "segmill.data.datamodule.")
+FRAMEWORK = (
+    "segmill.models.",
+    "segmill.optim.",
+    "segmill.data.datamodule.",
+    "segmill.data.image_datamodule.",
+)
 
 
 def twin_of(target: str) -> str:
     """The Jittor class that stands for `target`, or `target` itself."""
     module, _, name = target.removeprefix("segmill.").rpartition(".")
-    if not target.startswith("segmill.") or not _file_of(module).is_file():
+    if not target.startswith("segmill.") or not _defines(_file_of(module), name):
         return target
     return f"segmill.jittor.{module}.{name}"
 
@@ -68,13 +75,15 @@ def prepare_runtime(runtime: str) -> None:
         prepare()
 
 
-def require_twins(config: DictConfig) -> None:
+def require_twins(config: DictConfig | Mapping[str, Any]) -> None:
     """Refuse parts that only torch has, and name the models that Jittor has."""
-    for target in _targets(OmegaConf.to_container(config, resolve=False)):
+    tree = OmegaConf.to_container(config) if isinstance(config, DictConfig) else config
+    for target in _targets(tree):
         if target.startswith(FRAMEWORK) and twin_of(target) == target:
             raise SegmillError(
-                f"runtime=jittor has no {target}. Models that it has: "
-                f"{', '.join(jittor_models())}. Choose one, or leave runtime=jittor out."
+                f"runtime=jittor has no {target}. What it has: AdamW, data sets with label maps, "
+                f"and the models {', '.join(jittor_models())}. Choose of these, or leave "
+                "runtime=jittor out."
             )
 
 
@@ -82,6 +91,15 @@ def jittor_models() -> list[str]:
     """The variants of which every part has a twin."""
     files = sorted((CONFIGS / "model" / "discriminative").glob("dformer*.yaml"))
     return [file.stem for file in files]
+
+
+@cache
+def _defines(file: Path, name: str) -> bool:
+    """Whether the file is there and has a class or function of this name."""
+    if not file.is_file():
+        return False
+    text = file.read_text(encoding="utf-8")
+    return re.search(rf"^(class|def) {re.escape(name)}\b", text, re.MULTILINE) is not None
 
 
 def _file_of(module: str) -> Path:

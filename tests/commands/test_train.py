@@ -267,6 +267,7 @@ def test_only_the_epochs_that_are_due_and_the_last_step_are_validated(
     "change",
     [
         {"weights": "nowhere.pth"},
+        {"data__train_split": "none"},
         {"data__batch_size": 3, "trainer__accumulate": 2},
         {"trainer__val_every": 0},
         {"trainer__max_steps": 0},

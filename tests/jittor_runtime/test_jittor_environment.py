@@ -29,3 +29,14 @@ def test_compiling_a_kernel_writes_nothing_into_the_users_home(tmp_path: Path):
     )
     assert done.stdout.split() == ["3.0"], done.stderr[-2000:]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_is_an_exception_and_no_exit():
+    program = "from segmill.jittor.environment import prepare\nprepare()\n"
+    program += "import os, signal, time\n"
+    program += "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(5)\n"
+    program += "except KeyboardInterrupt:\n    print('caught')\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["caught"], done.stderr[-2000:]

@@ -1,6 +1,8 @@
 """A process without torch trains DFormer-Tiny on generated rooms, goes on, scores and predicts."""
 
 import json
+import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import pytest
 jt = pytest.importorskip("jittor")
 
 from segmill import cli
-from segmill.checkpoint.read import read_checkpoint
+from segmill.checkpoint.read import read_checkpoint, read_metadata
 from segmill.checkpoint.training_state import read_training_state
+from segmill.checkpoint.write_safetensors import write_safetensors
 from segmill.jittor.training import Training
 
 pytestmark = [pytest.mark.jittor, pytest.mark.timeout(1500)]
@@ -116,25 +119,52 @@ def test_a_state_that_is_cut_short_is_refused_before_anything_is_touched(
     assert {path.name for path in run.iterdir()} == {"config.yaml", "last.pkl"}
 
 
+def test_a_run_of_a_model_that_only_torch_has_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    whole = folder / "whole" / "model.safetensors"
+    description = json.loads(read_metadata(whole)["segmill"])
+    description["model"]["network"]["_target_"] = "segmill.models.families.fcn.FCN"
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, read_checkpoint(whole), {"segmill": json.dumps(description)})
+    assert cli.main(["eval", "runtime=jittor", f"run={path}", "data=scenes"]) == 2
+    assert "runtime=jittor has no segmill.models.families.fcn.FCN" in capsys.readouterr().err
+
+
+def test_an_evaluation_refuses_what_it_would_ignore(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    line = ["eval", "runtime=jittor", f"run={folder / 'whole'}", "trainer.precision=bf16-mixed"]
+    assert cli.main(line) == 2
+    assert "trainer.precision=bf16-mixed has no effect" in capsys.readouterr().err
+
+
 def test_weights_alone_are_no_resume_point(folder: Path, capsys: pytest.CaptureFixture[str]):
     line = ["train", "runtime=jittor", f"resume={folder / 'whole' / 'best.pkl'}"]
     assert cli.main(line) == 2
     assert "holds weights only" in capsys.readouterr().err
 
 
-def test_an_interrupt_writes_a_state_to_go_on_from(
-    rooms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("presses", "step"), [(1, 1), (2, None)])
+def test_an_interrupt_waits_for_the_step_and_writes_a_state_to_go_on_from(
+    presses: int, step: int | None, rooms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    step = Training.take_step
+    take_step = Training.take_step
 
     def interrupted(training: Training, batch):
-        if training.step == 1:
-            raise KeyboardInterrupt
-        return step(training, batch)
+        for _ in range(presses):
+            os.kill(os.getpid(), signal.SIGINT)
+        return take_step(training, batch)
 
     monkeypatch.setattr(Training, "take_step", interrupted)
-    assert train(tmp_path, "stopped", "trainer.max_steps=4", rooms=rooms) == 130
-    assert read_training_state(tmp_path / "stopped" / "last.pkl").step == 1
+    words = ("stopped", "trainer.max_steps=4")
+    if step is None:
+        with pytest.raises(SystemExit):
+            train(tmp_path, *words, rooms=rooms)
+        assert not (tmp_path / "stopped" / "last.pkl").exists()
+    else:
+        assert train(tmp_path, *words, rooms=rooms) == 130
+        assert read_training_state(tmp_path / "stopped" / "last.pkl").step == step
 
 
 def test_a_loss_that_is_not_finite_leaves_evidence(
@@ -150,10 +180,13 @@ def test_a_loss_that_is_not_finite_leaves_evidence(
     ("override", "said"),
     [
         ("trainer.ema=0.9", r"trainer.ema=0.9 has no effect with runtime=jittor"),
-        ("trainer.devices=2", r"trains in one process"),
+        ("trainer.devices=2", r"works in one process"),
         ("logging=tensorboard", r"logging.tensorboard=true"),
         ("model=fcn_tiny", r"runtime=jittor has no"),
-        ("optim=sgd_poly_40k", r"SGD"),
+        ("optim=sgd_poly_40k", r"runtime=jittor has no segmill.optim.SGD"),
+        ("data=digits", r"runtime=jittor has no segmill.data.image_datamodule.ImageData"),
+        ("weights=nvidia/mit-b0", r"takes nothing from the hub or timm"),
+        ("data.train_split=none", r"none"),
     ],
 )
 def test_what_this_runtime_lacks_is_refused_by_name(

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from segmill.commands.jittor_parts import (
     build_model,
     built,
+    checked_settings,
     load_weights,
     open_model,
     use_device,
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 def run(config: DictConfig, context: Invocation) -> None:
     """Score `run=` (a run folder or model.safetensors), or `model=` with `weights=`."""
     config = config_of_run(config, context)
-    use_device(config.trainer.accelerator)
+    use_device(checked_settings(config.trainer).accelerator)
     protocol: Protocol = built(config.protocol)
     data: SegmentationData = built(
         config.data, protocol=protocol, seed=config.seed, accumulate=1, start_step=0

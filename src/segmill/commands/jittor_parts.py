@@ -20,7 +20,7 @@ from segmill.jittor import random
 from segmill.jittor.load import load_arrays, named_arrays, shapes_of
 from segmill.jittor.models.discriminative import Discriminative
 from segmill.model_file import Description, read_description
-from segmill.twins import replaced
+from segmill.twins import replaced, require_twins
 
 # What this runtime does not have, and the value that asks for nothing.
 ABSENT: Mapping[str, Any] = {
@@ -36,8 +36,10 @@ ABSENT: Mapping[str, Any] = {
 
 
 def built(node: DictConfig | Mapping[str, Any], **extra: Any) -> Any:
-    """The node's object, of the twins of what it names."""
-    return build(replaced(plain(node) if isinstance(node, DictConfig) else node), **extra)
+    """The node's object, of the twins of what it names; what has none is refused."""
+    known = plain(node) if isinstance(node, DictConfig) else node
+    require_twins(known)
+    return build(replaced(known), **extra)
 
 
 def checked_settings(node: DictConfig) -> TrainerSettings:
@@ -47,12 +49,12 @@ def checked_settings(node: DictConfig) -> TrainerSettings:
         if getattr(settings, name) != nothing:
             raise SegmillError(
                 f"trainer.{name}={getattr(settings, name)} has no effect with runtime=jittor. Set "
-                f"it to {'null' if nothing is None else nothing}, or train on torch."
+                f"it to {'null' if nothing is None else nothing}, or use runtime=torch."
             )
     if settings.devices not in (1, "auto"):
         raise SegmillError(
-            f"trainer.devices={settings.devices}: runtime=jittor trains in one process. Set it to "
-            "1, or train on torch."
+            f"trainer.devices={settings.devices}: runtime=jittor works in one process. Set it to "
+            "1, or use runtime=torch."
         )
     return settings
 
@@ -79,6 +81,11 @@ def load_weights(
 ) -> Report:
     """A checkpoint of any origin, or a run folder, into the network."""
     path = Path(source)
+    if not path.exists():
+        raise SegmillError(
+            f"weights={source} is no file and no run folder here (seen from {Path.cwd()}). "
+            "runtime=jittor takes nothing from the hub or timm: name a file."
+        )
     arrays = read_checkpoint(file_of_run(path) if path.is_dir() else path)
     network = model.network
     _, rules = choose(arrays, shapes_of(network), network.key_rules())

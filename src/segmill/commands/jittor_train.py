@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,8 @@ def build_parts(config: DictConfig, state: TrainingState | None) -> Parts:
         accumulate=1,
         start_step=0 if state is None else state.step,
     )
+    for split in (data.train_split, data.val_split):
+        data.dataset(split)  # missing files are named before anything is made
     model = build_model(config.model, seed=config.seed)
     model.train()
     weights = _load(model, config, state)
@@ -192,7 +196,8 @@ class _Fit:
                 asked = time.perf_counter()
                 batch = next(batches)
                 waiting = time.perf_counter() - asked
-                terms = training.take_step(batch)
+                with _whole():
+                    terms = training.take_step(batch)
                 _require_finite(terms, batch, training.step, self._folder / "evidence")
                 pace = (time.perf_counter() - started) / (training.step - first)
                 self._after_step(terms, waiting=waiting, pace=pace)
@@ -250,6 +255,30 @@ class _Fit:
                 best=self._best,
             ),
         )
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Ctrl-C within waits for the end, since a state of half a step cannot be gone on from.
+
+    A second one ends the process at once; nothing is written then.
+    """
+    asked = False
+
+    def note(_signal: int, _frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise SystemExit(130)
+        asked = True
+        log.warning("Stopping after this step; Ctrl-C again stops at once and writes nothing.")
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def _validate(parts: Parts, *, limit: int | None) -> dict[str, float]:

@@ -129,6 +129,8 @@ def build_parts(config: DictConfig, *, evidence: Path, start_step: int) -> Parts
     if settings.max_steps < 1:  # evaluation has none
         raise SegmillError(f"trainer.max_steps={settings.max_steps} should be 1 or more.")
     data.require_shares(world_size(settings))
+    for split in (data.train_split, data.val_split):
+        data.dataset(split)  # missing files are named before anything is made
     model: Discriminative = build(config.model)
     weights = f"{sum(p.numel() for p in model.network.parameters()):,} parameters, random start"
     if config.weights is not None:

@@ -13,7 +13,9 @@ import logging
 import multiprocessing
 import os
 import shlex
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,7 +59,8 @@ def prepare() -> ModuleType:
     # At most one compiler a core, whatever the memory.
     pool = functools.partial(_small_pool, multiprocessing.Pool)
     utilities.Pool = pool  # pyright: ignore[reportAttributeAccessIssue]
-    jittor = importlib.import_module("jittor")
+    with _own_interrupt():
+        jittor = importlib.import_module("jittor")
     jittor.flags.python_path = str(_python_at_home(home))
     return jittor
 
@@ -89,6 +92,15 @@ def link_onednn(home: Path, system: Path = DEBIAN) -> bool:
         (target / name).unlink(missing_ok=True)
         (target / name).symlink_to(source.resolve())
     return True
+
+
+@contextmanager
+def _own_interrupt() -> Iterator[None]:
+    """Ctrl-C stays Python's afterwards: at Jittor's the process exits with nothing written."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

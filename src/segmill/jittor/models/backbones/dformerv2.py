@@ -30,8 +30,6 @@ from segmill.jittor.models.layers import (
     resize,
 )
 
-# In no parameter group of the official training: no layer's weights, but parameters by themselves.
-NEVER_UPDATED = (r".+\.Geo\.weight", r".+\.gamma_[12]")
 EPS = 1e-6  # of the blocks' LayerNorms
 EPS_OUTPUTS = 1e-5  # of the LayerNorms of the outputs
 EPS_BATCH = 1e-5
