@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from segmill.cli import main
+from segmill.commands.adapt import one_step_takes
+from segmill.data.image_batches import ImageBatches
 from segmill.tta.counts import ImageCounts
 from segmill.tta.results import TaskResult, load_task
 
@@ -98,6 +100,14 @@ def test_a_task_that_is_shorter_than_a_step_is_said(
         adapt(tmp_path, **few, data__corruptions="[fog]")
     (said,) = (each.getMessage() for each in caplog.records if "no prediction" in each.getMessage())
     assert said.startswith("tent: a task has 4 images and an optimizer step takes 4")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_task_of_one_step_is_known_for_any_number_of_processes(processes: int) -> None:
+    for images in range(processes, 20):
+        batches = ImageBatches(count=images, batch_size=4, place=lambda: (0, processes))
+        one = one_step_takes(images, batch=4 * processes, processes=processes)
+        assert one == (len(batches) == 1), images
 
 
 def test_a_method_that_only_looks_on_is_said(

@@ -95,13 +95,18 @@ def _warn_of_few_images(
         and (row.tta.predict, row.tta.max_epochs) == ("before", 1)
     ]
     images = parts.images_of(mixed=any(row.tta.mixed for row in rows.values()))
-    if late and images <= parts.effective_batch:
+    if late and one_step_takes(images, batch=parts.effective_batch, processes=parts.sharing):
         log.warning(
             "%s: a task has %d images and an optimizer step takes %d, so no prediction comes from "
             "adapted weights. Take more images (limit), or a smaller data.batch_size or "
             "trainer.accumulate.",
-            *(", ".join(late), images, parts.effective_batch),
+            *(", ".join(late), images, max(images, parts.effective_batch)),
         )
+
+
+def one_step_takes(images: int, *, batch: int, processes: int) -> bool:
+    """Whether a task is one step; what is left of too few for all processes is part of it."""
+    return images < batch + processes
 
 
 def _warn_of_waiting(
