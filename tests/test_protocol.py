@@ -117,3 +117,17 @@ def test_slide_without_a_window_is_refused():
 def test_a_stride_that_leaves_gaps_is_refused():
     with pytest.raises(SegmillError, match="pixels between windows"):
         protocol(mode="slide", window=(64, 64), stride=(64, 65))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"ratios": []}, r"protocol\.ratios=\[\]"),
+        ({"ratios": [1.0, 0.0]}, r"protocol\.ratios=\[1\.0, 0\.0\]"),
+        ({"multiple": 0}, r"protocol\.multiple=0"),
+        ({"pad_divisor": -32}, r"protocol\.pad_divisor=-32"),
+    ],
+)
+def test_sizes_of_nothing_are_refused(change, named):
+    with pytest.raises(SegmillError, match=named):
+        protocol(**change)

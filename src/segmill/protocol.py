@@ -45,6 +45,17 @@ class Protocol:
         for field in ("scale", "window", "stride", "pad_to"):
             object.__setattr__(self, field, _pair(field, getattr(self, field)))
         object.__setattr__(self, "ratios", tuple(float(ratio) for ratio in self.ratios))
+        if not self.ratios or min(self.ratios) <= 0:
+            raise SegmillError(
+                f"protocol.ratios={list(self.ratios)} should be one or more factors above 0, e.g. "
+                "protocol.ratios=[1.0] for one scale."
+            )
+        for field in ("multiple", "pad_divisor"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise SegmillError(
+                    f"protocol.{field}={value} should be 1 or more, or null for images as they are."
+                )
         if self.mode == "slide":
             if self.window is None:
                 raise SegmillError(

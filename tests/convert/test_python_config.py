@@ -175,3 +175,20 @@ def test_a_config_that_never_ends_ends(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(python_config, "Budget", lambda: Budget(100))
     with pytest.raises(SegmillError, match="steps to read"):
         values(tmp_path, top="x = [[i + j for i in range(20)] for j in range(20)]")
+
+
+def test_a_byte_order_mark_is_no_code(tmp_path: Path) -> None:
+    (tmp_path / "top.py").write_text("x = 1", encoding="utf-8-sig")
+    assert read_config(tmp_path / "top.py").values == {"x": 1}
+
+
+def test_an_annotated_base_is_a_base(tmp_path: Path) -> None:
+    assert values(tmp_path, a="x = 1", top="_base_: list[str] = ['a.py']\ny = 2") == {
+        "x": 1,
+        "y": 2,
+    }
+
+
+def test_what_an_expression_names_by_the_way_is_unread(tmp_path: Path) -> None:
+    found = values(tmp_path, top="n = 1\nm = (n := 5) + 1\nk = n")
+    assert all(isinstance(found[name], Unread) for name in "nmk")

@@ -80,7 +80,8 @@ class _Reader:
         node = next((each for each in tree.body if "_base_" in _assigned(each)), None)
         if node is None:
             return None
-        assert isinstance(node, ast.Assign)
+        assert isinstance(node, ast.Assign | ast.AnnAssign)
+        assert node.value is not None
         listed = self.eval.value(node.value)
         names = [listed] if isinstance(listed, str) else listed
         if not isinstance(names, list | tuple) or not all(isinstance(n, str) for n in names):
@@ -106,7 +107,9 @@ class _Reader:
 
     def _statement(self, node: ast.stmt) -> None:
         self.budget.spend()
-        if isinstance(node, ast.Import | ast.ImportFrom):
+        if any(isinstance(each, ast.NamedExpr) for each in ast.walk(node)):
+            self._doubt(node)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
             self._import(node)
         elif isinstance(node, ast.Assign):
             value = self.eval.value(node.value)
@@ -276,7 +279,7 @@ def _parsed(path: Path) -> ast.Module:
     if path.stat().st_size > LARGEST_FILE:
         raise SegmillError(f"{path} has more than {LARGEST_FILE} bytes: this is no config.")
     try:
-        return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        return ast.parse(path.read_text(encoding="utf-8-sig"), filename=str(path))
     except UnicodeDecodeError as error:
         raise SegmillError(f"{path} is no text ({error.reason}), so no Python config.") from error
     except SyntaxError as error:
@@ -287,6 +290,8 @@ def _parsed(path: Path) -> ast.Module:
 
 def _assigned(node: ast.stmt) -> list[str]:
     targets = node.targets if isinstance(node, ast.Assign) else []
+    if isinstance(node, ast.AnnAssign) and node.value is not None:
+        targets = [node.target]
     return [each.id for each in targets if isinstance(each, ast.Name)]
 
 
