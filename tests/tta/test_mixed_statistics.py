@@ -3,7 +3,7 @@
 import pytest
 import torch
 from timm.layers.norm_act import BatchNormAct2d
-from torch import Tensor, nn
+from torch import Tensor
 
 from segmill.tta.batch_statistics import BatchStatistics
 from segmill.tta.mixed_statistics import MixedStatistics
