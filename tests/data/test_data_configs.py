@@ -18,7 +18,11 @@ from segmill.paths import CONFIGS
 from segmill.protocol import Protocol
 
 # Those of classification are test_classification_data's and test_image_datamodule's matter.
-NAMES = sorted(fitting("data_check", "data"))
+NAMES = sorted(
+    name
+    for name in fitting("data_check", "data")
+    if "splits" in OmegaConf.load(CONFIGS / "data" / f"{name}.yaml")
+)
 FROM_THE_COMMAND = {"protocol", "seed", "accumulate", "start_step"}
 HEIGHT, WIDTH = 48, 64
 
