@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _report(argv, _not_installed(error), WRONG_INPUT)
     except Exception as error:
+        # Lightning's own shutting down may fail too, on a model that was refused half-built.
+        if isinstance(error.__context__, SegmillError):
+            return _report(argv, f"{error.__context__}", WRONG_INPUT)
         text = f"{type(error).__name__}: {error}\nThis is unexpected. Run again with --trace to see"
         return _report(argv, f"{text} where it comes from.", FAILED)
 

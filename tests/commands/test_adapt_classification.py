@@ -91,6 +91,15 @@ def test_a_guide_of_other_classes_is_refused_before_anything_runs(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_guides_file_that_is_no_checkpoint_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "guide.pt"
+    file.write_text("not a checkpoint")
+    assert main(["adapt", *words(tmp_path, model__generative__weights=file)]) == 2
+    assert f"{file} is no known checkpoint" in capsys.readouterr().err
+
+
 def test_a_task_that_is_shorter_than_a_step_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
