@@ -2,13 +2,19 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny_classes import WNIDS, classification, write_classes, write_imagenet_c
+from tiny_classes import (
+    WNIDS,
+    batches,
+    classification,
+    imagenet_c,
+    names,
+    write_classes,
+    write_imagenet_c,
+)
 
-from segmill.data.classification_data import ClassificationTaskData
 from segmill.data.files import DataError
 
 
@@ -23,21 +29,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own(written: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     return shutil.copytree(written, tmp_path / "imagenet-c")
-
-
-def imagenet_c(root: Path, **changes: Any) -> ClassificationTaskData:
-    return classification(
-        "imagenet_c", data_root=str(root), **{"corruptions": ["fog", "snow"], **changes}
-    )
-
-
-def batches(data: ClassificationTaskData, *which: int, **keys: Any) -> list[dict[str, Any]]:
-    keys.setdefault("limit", None)
-    return list(data.loader([data.tasks[index] for index in which], **keys))
-
-
-def names(found: list[dict[str, Any]]) -> list[str]:
-    return [name for batch in found for name in batch["name"]]
 
 
 @pytest.mark.parametrize("suffix", [".jpeg", ".jpg", ".JPG", ".png"])
@@ -107,9 +98,9 @@ def test_a_corruption_or_severity_that_is_absent_is_named_beside_what_is_there(o
     assert f"The folder {own}/frost/5 does not exist" in text
     assert "has 2 of the 4 folders of this run and lacks contrast/5, frost/5." in text
     assert "leave it out (data.corruptions, data.severities)" in text
-    for names in (["snoww"], ["fog", "snoww"]):
+    for chosen in (["snoww"], ["fog", "snoww"]):
         with pytest.raises(DataError, match=r"snoww/5 does not exist .*Did you mean snow\?"):
-            imagenet_c(own, corruptions=names)
+            imagenet_c(own, corruptions=chosen)
     with pytest.raises(DataError, match=rf"{own}/fog holds 5: choose among what is there"):
         imagenet_c(own, severities=[4])
 

@@ -11,11 +11,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_classes import PROTOCOL, SIDE, WNIDS, classification, write_classes, write_imagenet_c
+from tiny_classes import (
+    PROTOCOL,
+    SIDE,
+    WNIDS,
+    batches,
+    classification,
+    imagenet_c,
+    names,
+    write_classes,
+    write_imagenet_c,
+)
 
 from segmill.data import classification_data
 from segmill.data.classes import read_classes
-from segmill.data.classification_data import ClassificationTaskData
 from segmill.data.corruptions import corrupt, corruption_seed
 from segmill.data.digits import Digits
 from segmill.data.files import DataError
@@ -33,21 +42,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own(written: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     return shutil.copytree(written, tmp_path / "imagenet-c")
-
-
-def imagenet_c(root: Path, **changes: Any) -> ClassificationTaskData:
-    return classification(
-        "imagenet_c", data_root=str(root), **{"corruptions": ["fog", "snow"], **changes}
-    )
-
-
-def batches(data: ClassificationTaskData, *which: int, **keys: Any) -> list[dict[str, Any]]:
-    keys.setdefault("limit", None)
-    return list(data.loader([data.tasks[index] for index in which], **keys))
-
-
-def names(found: list[dict[str, Any]]) -> list[str]:
-    return [name for batch in found for name in batch["name"]]
 
 
 def test_a_batch_has_both_models_views_and_labels_of_one_pixel(written: Path):

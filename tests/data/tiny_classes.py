@@ -56,3 +56,18 @@ def classification(name: str, **changes: Any) -> ClassificationTaskData:
         OmegaConf.update(config.data, key.replace("__", "."), value, force_add=True)
     seed = config.data.pop("seed", 0)
     return build(config.data, protocol=PROTOCOL, seed=seed)
+
+
+def imagenet_c(root: Path, **changes: Any) -> ClassificationTaskData:
+    return classification(
+        "imagenet_c", data_root=str(root), **{"corruptions": ["fog", "snow"], **changes}
+    )
+
+
+def batches(data: ClassificationTaskData, *which: int, **keys: Any) -> list[dict[str, Any]]:
+    keys.setdefault("limit", None)
+    return list(data.loader([data.tasks[index] for index in which], **keys))
+
+
+def names(found: list[dict[str, Any]]) -> list[str]:
+    return [name for batch in found for name in batch["name"]]
