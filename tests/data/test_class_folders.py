@@ -12,23 +12,9 @@ from tiny_classes import (
     imagenet_c,
     names,
     write_classes,
-    write_imagenet_c,
 )
 
 from segmill.data.files import DataError
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("imagenet-c")
-    write_imagenet_c(root, "fog", "snow")
-    return root
-
-
-@pytest.fixture
-def own(written: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
-    return shutil.copytree(written, tmp_path / "imagenet-c")
 
 
 @pytest.mark.parametrize("suffix", [".jpeg", ".jpg", ".JPG", ".png"])

@@ -1,7 +1,6 @@
 """ImageNet, ImageNet-C and the digits as tasks: batches, order, processes, and what is refused."""
 
 import io
-import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from tiny_classes import (
     imagenet_c,
     names,
     write_classes,
-    write_imagenet_c,
 )
 
 from segmill.data import classification_data
@@ -29,19 +27,6 @@ from segmill.data.corruptions import corrupt, corruption_seed
 from segmill.data.digits import Digits
 from segmill.data.files import DataError
 from segmill.errors import SegmillError
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("imagenet-c")
-    write_imagenet_c(root, "fog", "snow")
-    return root
-
-
-@pytest.fixture
-def own(written: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
-    return shutil.copytree(written, tmp_path / "imagenet-c")
 
 
 def test_a_batch_has_both_models_views_and_labels_of_one_pixel(written: Path):
