@@ -11,8 +11,10 @@ import sys
 import torch
 from torch import Tensor
 
+from segmill.ops.cell_means import cell_means
 from segmill.ops.depthwise_conv import depthwise_conv
 from segmill.ops.geometry_attention import attention_along_lines
+from segmill.ops.triton_cell_means import CellMeansCuda
 from segmill.ops.triton_depthwise_conv import DepthwiseConvCuda
 from segmill.ops.triton_geometry_attention import GeometryAttentionCuda
 
@@ -146,6 +148,27 @@ def check_depthwise_conv(
         assert largest < 2 * rounding, f"{index}: {largest}"
 
 
+def check_cell_means(
+    *, size: tuple[int, int, int, int], grid: int, kind: torch.dtype, device: str
+) -> None:
+    """Means and their gradient against float64; tokens are a part of wider ones."""
+    draw = torch.Generator().manual_seed(0)
+    B, h, w, D = size
+    wide = torch.randn(B, h, w, D + 16, generator=draw).to(device, kind)
+    tokens = wide[..., 8 : 8 + D].requires_grad_()
+    exact = tokens.detach().double().requires_grad_()
+    found, expected = CellMeansCuda.apply(tokens, grid), cell_means(exact, grid)
+    upstream = torch.randn(B, grid * grid, D, generator=draw).to(device, kind)
+    (gradient,) = torch.autograd.grad(found, tokens, upstream)
+    (wanted,) = torch.autograd.grad(expected, exact, upstream.double())
+    assert found.dtype == kind
+    # Sums are float32; one rounding of the result, which the interpreter cuts off.
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[kind]
+    for ours, theirs in ((found, expected), (gradient, wanted)):
+        error = (ours.double() - theirs).abs().max() / theirs.abs().max()
+        assert error < rounding, error
+
+
 def check_all_small() -> None:
     """Every branch at sizes that the interpreter manages."""
     single, half, other = torch.float32, torch.float16, torch.bfloat16
@@ -171,6 +194,15 @@ def check_all_small() -> None:
         check_depthwise_conv(
             size=size, kernel=kernel, kinds=(kind, kind), added=added, gelu=gelu, device="cpu"
         )
+
+    for height, width, grid, kind in (
+        (15, 20, 7, single),
+        (7, 7, 7, single),
+        (9, 4, 3, other),
+        (8, 31, 2, half),
+        (5, 5, 1, single),
+    ):
+        check_cell_means(size=(2, height, width, 72), grid=grid, kind=kind, device="cpu")
 
 
 def check_compiled() -> None:

@@ -11,6 +11,7 @@ triton = pytest.importorskip("triton")
 
 import dformer_kernel_cases  # noqa: E402 - imports triton
 
+from segmill.ops.cell_means import cell_means  # noqa: E402
 from segmill.ops.depthwise_conv import depthwise_conv  # noqa: E402
 
 needs_gpu = pytest.mark.gpu
@@ -147,6 +148,19 @@ def test_gradients_of_depthwise_weights_are_the_same_every_time():
     for run in runs[1:]:
         # Chunks are summed in a fixed order.
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(2, 60, 80, 128), (8, 15, 20, 512), (3, 7, 31, 40)])
+def test_means_of_cells_on_cuda_are_torchs(size, kind):
+    dformer_kernel_cases.check_cell_means(size=size, grid=7, kind=kind, device="cuda")
+
+
+@needs_gpu
+def test_a_map_smaller_than_the_grid_has_torchs_means():
+    tokens = torch.randn(2, 5, 9, 16, device="cuda")
+    torch.testing.assert_close(cell_means(tokens, 7).cpu(), cell_means(tokens.cpu(), 7))
 
 
 @needs_gpu

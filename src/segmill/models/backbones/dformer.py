@@ -26,6 +26,7 @@ from segmill.models.backbones.rgbd import (
     projected,
 )
 from segmill.models.layers import DropPath
+from segmill.ops.cell_means import cell_means
 
 # The official parameter groups know torch's norms only, and these are of another class there.
 NEVER_UPDATED = (
@@ -209,7 +210,7 @@ class PooledAttention(Attention):
     ) -> Float[Tensor, "B h w E"]:
         """What the cells found, interpolated to all pixels."""
         # Each stream pooled by itself: their full-size maps need not stand side by side.
-        cells = torch.cat([_pooled(colour), _pooled(depth)], dim=-1)
+        cells = torch.cat([cell_means(colour, GRID), cell_means(depth, GRID)], dim=-1)
         query = self.short_cut_linear(cells).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         pixels = self.kv(mixed).flatten(1, 2).unflatten(-1, (2, self.heads, -1))
         key, value = pixels.permute(2, 0, 3, 1, 4)
@@ -232,11 +233,6 @@ class Perceptron(nn.Module):
     def forward(self, tokens: Float[Tensor, "B h w D"]) -> Float[Tensor, "B h w D"]:
         hidden = self.fc1(self.norm(tokens))
         return self.fc2(self.pos(hidden, added=hidden, gelu=True))
-
-
-def _pooled(tokens: Float[Tensor, "B h w D"]) -> Float[Tensor, "B cells D"]:
-    """Averages over 7 x 7 cells, which overlap where the size does not divide, row by row."""
-    return as_tokens(F.adaptive_avg_pool2d(as_map(tokens), GRID)).flatten(1, 2)
 
 
 def _scale(width: int) -> nn.Parameter:
