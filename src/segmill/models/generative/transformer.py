@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from segmill.checkpoint.keys import Drop, Prefix, Rename, Rule
 from segmill.errors import SegmillError
+from segmill.ops.modulated_norm import modulated_norm
 
 FREQUENCIES = 128  # of the time, cosine and sine each
 PERIOD = 10_000.0  # longest wave of positions and times, over 2 pi
@@ -81,9 +82,10 @@ class DiffusionTransformer(nn.Module):
         tokens = self.x_embedder(noisy_latent)
         tokens = tokens + position_code(grid, tokens.shape[2], tokens.device)
         condition = self.t_embedder(t) + self.y_embedder(classes, weights)
+        branch = gate = None
         for block in self.blocks:
-            tokens = block(tokens, condition)
-        patches = self.final_layer(tokens, condition)
+            tokens, branch, gate = block(tokens, branch, gate, condition)
+        patches = self.final_layer(tokens, branch, gate, condition)
         return _unpatched(patches, grid, self.patch, self.in_channels)
 
     def key_rules(self) -> dict[str, tuple[Rule, ...]]:
@@ -166,22 +168,32 @@ class ClassEmbedder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each scaled, shifted and gated by the condition (adaLN-zero)."""
+    """Attention and MLP, each scaled, shifted and gated by the condition (adaLN-zero).
+
+    What its MLP found is left to the next block to add: adding and normalising are one operation.
+    """
 
     def __init__(self, channels: int, *, num_heads: int, mlp_ratio: float, qk_norm: bool) -> None:
         super().__init__()
-        self.norm1, self.norm2 = _norm(channels), _norm(channels)
         self.attn = Attention(channels, num_heads=num_heads, qk_norm=qk_norm)
         self.mlp = Mlp(channels, int(channels * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
 
     def forward(
-        self, tokens: Float[Tensor, "N T D"], condition: Float[Tensor, "N D"]
-    ) -> Float[Tensor, "N T D"]:
+        self,
+        tokens: Float[Tensor, "N T D"],
+        branch: Float[Tensor, "N T D"] | None,
+        gate: Float[Tensor, "N 1 D"] | None,
+        condition: Float[Tensor, "N D"],
+    ) -> tuple[Float[Tensor, "N T D"], Float[Tensor, "N T D"], Float[Tensor, "N 1 D"]]:
+        """Tokens, and the branch and its gate that are still to be added: before and after."""
         parts = self.adaLN_modulation(condition)[:, None].chunk(6, dim=2)
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
-        tokens = tokens + gate * self.attn(_modulated(self.norm1(tokens), shift, scale))
-        return tokens + mlp_gate * self.mlp(_modulated(self.norm2(tokens), mlp_shift, mlp_scale))
+        shift, scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = parts
+        tokens, normal = modulated_norm(tokens, shift, scale, branch=branch, gate=gate)
+        tokens, normal = modulated_norm(
+            tokens, mlp_shift, mlp_scale, branch=self.attn(normal), gate=attn_gate
+        )
+        return tokens, _no_view(self.mlp(normal)), _no_view(mlp_gate)
 
 
 class Attention(nn.Module):
@@ -220,15 +232,19 @@ class FinalLayer(nn.Module):
 
     def __init__(self, channels: int, outputs: int) -> None:
         super().__init__()
-        self.norm_final = _norm(channels)
         self.linear = nn.Linear(channels, outputs)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(channels, 2 * channels))
 
     def forward(
-        self, tokens: Float[Tensor, "N T D"], condition: Float[Tensor, "N D"]
+        self,
+        tokens: Float[Tensor, "N T D"],
+        branch: Float[Tensor, "N T D"] | None,
+        gate: Float[Tensor, "N 1 D"] | None,
+        condition: Float[Tensor, "N D"],
     ) -> Float[Tensor, "N T P"]:
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=2)
-        return self.linear(_modulated(self.norm_final(tokens), shift, scale))
+        _, normal = modulated_norm(tokens, shift, scale, branch=branch, gate=gate)
+        return self.linear(normal)
 
 
 def position_code(
@@ -249,14 +265,9 @@ def position_code(
     return torch.cat([by_column, by_row], dim=2).flatten(0, 1)
 
 
-def _norm(channels: int) -> nn.LayerNorm:
-    return nn.LayerNorm(channels, eps=1e-6, elementwise_affine=False)
-
-
-def _modulated(
-    tokens: Float[Tensor, "N T D"], shift: Float[Tensor, "N 1 D"], scale: Float[Tensor, "N 1 D"]
-) -> Float[Tensor, "N T D"]:
-    return tokens * (1 + scale) + shift
+def _no_view(tensor: Tensor) -> Tensor:
+    """Sharding (FSDP2) cannot see changes of a view, and says so; compiled code returns none."""
+    return tensor if torch.compiler.is_compiling() else tensor.clone()
 
 
 def _unpatched(
