@@ -219,6 +219,19 @@ def test_the_fused_step_equals_torchs_plain_one(settings):
         torch.testing.assert_close(value, other, atol=1e-5, rtol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("settings", [adamw(), sgd()])
+def test_a_step_is_seen_in_the_versions_of_the_weights_it_changes(settings):
+    model = Small()
+    optimizer = settings.build(model)
+    model(torch.ones(2, 3, 4, 4)).square().sum().backward()
+    first, *others = model.parameters()
+    first.grad = None
+    before = [each._version for each in model.parameters()]
+    optimizer.step()
+    assert first._version == before[0]
+    assert all(each._version > old for each, old in zip(others, before[1:], strict=True))
+
+
 @pytest.fixture
 def mesh(tmp_path):
     distributed.init_process_group(

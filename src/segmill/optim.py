@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -88,7 +89,7 @@ class AdamW(OptimizerSettings):
         """One fused kernel for all parameters instead of a loop over them."""
         first, second = self.betas
         optimizer = torch.optim.AdamW(self.groups(module), betas=(first, second), fused=True)
-        return _scaled_outside(optimizer)
+        return _as_others_are(optimizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,17 +106,25 @@ class SGD(OptimizerSettings):
         optimizer = torch.optim.SGD(
             groups, momentum=self.momentum, fused=not sharded, foreach=sharded
         )
-        return _scaled_outside(optimizer)
+        return _as_others_are(optimizer)
 
 
-def _scaled_outside(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Let the gradient scaler unscale before the step, as for an optimizer that is not fused.
+def _as_others_are(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """What a fused optimizer does otherwise than one that is not fused, undone.
 
-    Fused ones announce that they unscale inside the step, and then Lightning refuses to clip
-    gradients under every mixed precision, bf16 included, where nothing is scaled at all.
+    It announces that it unscales gradients inside the step, and then Lightning refuses to clip them
+    under every mixed precision, bf16 included, where nothing is scaled at all. And its weights keep
+    their versions: whoever holds copies of them (tta/cuda_graphs.py) would not see the step.
     """
     optimizer._step_supports_amp_scaling = False  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.register_step_post_hook(_count_versions)
     return optimizer
+
+
+def _count_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        changed = [each for each in group["params"] if each.grad is not None]
+        increment_version([each for each in changed if not isinstance(each, DTensor)])
 
 
 class StepSchedule(LRScheduler):
