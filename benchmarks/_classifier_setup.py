@@ -16,7 +16,7 @@ from segmill.data.image_batches import ImageBatches
 from segmill.data.loader import place_of_process
 from segmill.models.combined import CombinedModel
 from segmill.optim import OptimizerSettings
-from segmill.tta.sharding import compile_blocks, repeated_blocks
+from segmill.tta.sharding import compile_parts
 
 SIDE, CLASSES, SEED = 224, 1000, 0
 WORDS = (
@@ -44,6 +44,7 @@ class Way:
     accumulate: int
     windows_at_once: int | None  # images that the guide takes at a time; None: the batch
     compiled: bool
+    graphs: bool = False
 
     @property
     def images(self) -> int:
@@ -54,6 +55,7 @@ class Way:
         """In a line of the output."""
         parts = f", guide {self.windows_at_once} at a time" if self.windows_at_once else ""
         kind = "compiled" if self.compiled else "eager"
+        kind += ", CUDA graphs" if self.graphs else ""
         return f"{self.batch} x {self.accumulate}{parts}, {kind}"
 
 
@@ -99,7 +101,7 @@ def set_way(model: CombinedModel, way: Way) -> None:
 
 def compile_both(model: CombinedModel) -> None:
     """As trainer.compile=true does."""
-    compile_blocks(repeated_blocks(model.discriminative.network) + model.guide.blocks())
+    compile_parts(model)
 
 
 def work(*, tiny: bool) -> Work:

@@ -51,6 +51,7 @@ from segmill.commands.adapt_trainer import AdaptTrainerSettings
 from segmill.data.tasks import Task
 from segmill.models.combined import CombinedModel
 from segmill.tta.classification_record import ClassificationRecord
+from segmill.tta.cuda_graphs import replay_passes
 from segmill.tta.dusa import Dusa
 from segmill.tta.method import Views
 from segmill.tta.module import TTAModule
@@ -60,8 +61,9 @@ MEASURED, DATA_SHEET = 790.0, 989.0  # TFLOP/s of an H200 in bfloat16
 GIB = 2**30
 PUBLISHED = Way(batch=8, accumulate=8, windows_at_once=None, compiled=False)
 COMPILED = Way(batch=8, accumulate=8, windows_at_once=None, compiled=True)
-LARGE = Way(batch=64, accumulate=1, windows_at_once=16, compiled=True)
-WARM_UPS = 2
+GRAPHS = Way(batch=8, accumulate=8, windows_at_once=None, compiled=True, graphs=True)
+LARGE = Way(batch=64, accumulate=1, windows_at_once=16, compiled=True, graphs=True)
+WARM_UPS = 4  # steps; a shape is recorded at its fourth pass
 PARTS = ("step", "lightning", "equality")
 EQUAL = 4  # images of the step that is compared
 SAMPLE = 4096  # numbers of each gradient that are compared
@@ -122,11 +124,14 @@ def step_times(ways: list[Way], *, repeats: int, tiny: bool) -> None:
         f"classifier {counted.classifier:.3f}, codec {counted.codec:.3f}, forward; limit "
         f"{counted.of_step(64) / MEASURED:.3f} s; built in {time.perf_counter() - started:.0f} s"
     )
-    compiled = False
-    for way in sorted(ways, key=lambda each: each.compiled):
+    compiled = graphs = False
+    for way in sorted(ways, key=lambda each: (each.compiled, each.graphs)):
         if way.compiled and not compiled:
             compile_both(model)
             compiled = True
+        if way.graphs and not graphs:
+            replay_passes(model)
+            graphs = True
         set_way(model, way)
         images = Images(way.images).pixels.to(device)
         updater = Gathered(optimizer)
@@ -194,6 +199,7 @@ def fit(model: CombinedModel, settings: Any, options: Any, way: Way, count: int)
         seed=SEED,
         predict="before",
         compiled=way.compiled,
+        cuda_graphs=way.graphs,
         evidence=None,
         accumulate=way.accumulate,
         share=share,
@@ -212,6 +218,7 @@ def fit(model: CombinedModel, settings: Any, options: Any, way: Way, count: int)
         share=module.share,
         accumulate=way.accumulate,
         compile=way.compiled,
+        cuda_graphs=way.graphs,
         deterministic=False,
         log_every=1,
         timeout=120,
@@ -237,7 +244,9 @@ def worker(options: Any) -> None:
         if first:
             torch.save(taken, options.out)
         return
-    way = PUBLISHED if options.eager else COMPILED
+    # Sharded weights are not recorded.
+    graphs = options.graphs and (options.strategy == "ddp" or options.devices == 1)
+    way = PUBLISHED if options.eager else GRAPHS if graphs else COMPILED
     if options.tiny:
         way = Way(batch=2, accumulate=2, windows_at_once=None, compiled=False)
     steps = 2 + options.repeats
@@ -271,6 +280,7 @@ def run_alone(options: Any, what: str, *, devices: int, out: Path, precision: st
     command += ["--devices", str(devices), "--out", str(out), "--precision", precision]
     command += ["--repeats", str(options.repeats), "--strategy", options.strategy]
     command += [f"--{name}" for name in ("tiny", "cpu", "eager") if getattr(options, name)]
+    command += [] if options.graphs else ["--no-graphs"]
     try:
         done = subprocess.run(command, check=False, timeout=PATIENCE, cwd=Path(__file__).parents[1])
     except subprocess.TimeoutExpired:
@@ -332,6 +342,12 @@ def main() -> None:
     parser.add_argument("--strategy", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--cpu", action="store_true", help="Lightning's runs on the CPU")
     parser.add_argument("--eager", action="store_true", help="Lightning's runs not compiled")
+    parser.add_argument(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Lightning's runs and the last ways of the step with CUDA graphs",
+    )
     parser.add_argument("--worker", choices=("lightning", "equality"), help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     parser.add_argument("--precision", default="bf16-mixed", help=argparse.SUPPRESS)
@@ -350,7 +366,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if on_cuda else "CPU"
     what = "tiny models" if options.tiny else "ConvNeXt-L + SiT-XL/2"
     say(f"{what}, {where}, torch {torch.__version__}")
-    ways = [PUBLISHED, COMPILED, LARGE]
+    ways = [PUBLISHED, COMPILED, *([GRAPHS, LARGE] if options.graphs else [])]
     if options.tiny:
         ways = [Way(batch=2, accumulate=2, windows_at_once=None, compiled=False)]
         ways += [Way(batch=4, accumulate=1, windows_at_once=2, compiled=False)]

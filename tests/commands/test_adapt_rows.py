@@ -148,6 +148,7 @@ def test_a_wrong_row_is_one_paragraph(typed: Sequence[str], said: str) -> None:
         ({"weights": "none.pth"}, "weights=none.pth does not exist"),
         ({"trainer__devices": 0}, "trainer.devices=0"),
         ({"trainer__devices": "[0,1]"}, "on the CPU this is the number of processes"),
+        ({"trainer__cuda_graphs": "true"}, "trainer.cuda_graphs=true is for GPUs"),
         ({"trainer__precision": "16-mixed"}, "'32-true' or 'bf16-mixed'"),
         ({"protocol": "slide"}, "Set protocol=whole"),
         ({"tasks": "[3]"}, "numbered from 1 to 2"),
@@ -186,6 +187,16 @@ def test_more_gpus_than_there_are_are_refused(
         keys = {"trainer": "adapt", "trainer__devices": devices}
         assert main(["adapt", *tiny_adapt_words(tmp_path, **keys)]) == 2
         assert "2 GPUs are visible" in capsys.readouterr().err
+
+
+def test_sharded_weights_are_not_recorded_as_cuda_graphs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    keys = {"trainer": "adapt", "trainer__devices": "2", "trainer__cuda_graphs": "true"}
+    assert main(["adapt", *tiny_adapt_words(tmp_path, **keys)]) == 2
+    assert "needs whole weights on every GPU" in capsys.readouterr().err
 
 
 def test_resume_takes_nothing_else_and_no_other_folder(

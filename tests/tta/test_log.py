@@ -53,11 +53,17 @@ class FakeWandb(WandbLogger):
 
 
 def adapt(
-    folder: Path, loggers: list[Any], *, every: int, epochs: int = 1, processes: int = 1
+    folder: Path,
+    loggers: list[Any],
+    *,
+    every: int,
+    epochs: int = 1,
+    processes: int = 1,
+    accumulate: int = 1,
 ) -> TTAModule:
     """Two tasks of five images."""
     model = tiny_model()
-    module = module_of(model)
+    module = module_of(model, accumulate=accumulate)
     module.begin(Source(model=model), None, batch_statistics=False)
     for number, task in enumerate(TASKS):
         module.task = task
@@ -91,6 +97,19 @@ def test_every_task_has_its_keys_and_its_own_axis(tmp_path: Path) -> None:
     # The first image, every second one after it, and the last.
     assert [values["tta/03_motion_blur_5/image"] for values in first] == [1, 3, 5]
     assert [step for step, _ in logger.logged] == [1, 3, 5, 6, 8, 10]
+
+
+def test_batches_are_counted_and_logged_at_the_end_of_their_step(tmp_path: Path) -> None:
+    logger = FakeWandb()
+    adapt(tmp_path, [logger], every=1, accumulate=2)
+    # Steps of two images, and what is left.
+    assert [step for step, _ in logger.logged] == [2, 4, 5, 7, 9, 10]
+
+
+def test_a_line_that_falls_inside_a_step_waits_for_its_end(tmp_path: Path) -> None:
+    logger = FakeWandb()
+    adapt(tmp_path, [logger], every=3, accumulate=2)
+    assert [step for step, _ in logger.logged] == [2, 4, 5, 7, 9, 10]
 
 
 def test_steps_grow_over_the_epochs(tmp_path: Path) -> None:

@@ -37,17 +37,17 @@ TASKS = [Task(1, "fog", 5), Task(2, "snow", 5)]
 
 
 class Recorder(Source):
-    """Learns nothing, and notes from which seeds it could have drawn."""
+    """Learns nothing, and notes from which seeds it could have drawn; `loss` from call `at` on."""
 
-    def __init__(self, *, model: CombinedModel, loss: float = 0.0) -> None:
+    def __init__(self, *, model: CombinedModel, loss: float = 0.0, at: int = 0) -> None:
         super().__init__(model=model)
         self.seeds: list[int] = []
-        self.loss = loss
+        self.loss, self.at = loss, at
 
     def adapt(self, views: Any, updater: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         logits, loss = super().adapt(views, updater, generator)
         self.seeds.append(generator.initial_seed())
-        return logits, loss + self.loss
+        return logits, loss + (self.loss if len(self.seeds) > self.at else 0.0)
 
 
 def weights_of(module: TTAModule) -> dict[str, Tensor]:
@@ -212,6 +212,19 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_image(
         "00_image.png",
         "00_label.png",
     }
+
+
+def test_the_batch_of_a_step_whose_loss_is_not_finite_is_named(tmp_path: Path) -> None:
+    # Three batches of two images make the step.
+    match = r"images image 2, image 3 \(from number 3 of their task on\) is nan"
+    with pytest.raises(SegmillError, match=match):
+        adapt_images(
+            lambda model: Recorder(model=model, loss=math.nan, at=1),
+            tmp_path,
+            count=6,
+            batch=2,
+            accumulate=3,
+        )
 
 
 def test_of_a_large_batch_a_few_images_are_named(tmp_path: Path) -> None:

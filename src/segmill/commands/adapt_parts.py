@@ -191,6 +191,7 @@ def build_adapt_parts(config: DictConfig) -> AdaptParts:
         seed=config.seed,
         predict=config.tta.predict,
         compiled=settings.compile,
+        cuda_graphs=settings.cuda_graphs,
         evidence=None,
         accumulate=settings.accumulate,
         share=settings.share,

@@ -34,6 +34,7 @@ class AdaptTrainerSettings:
     share: Literal["classes", "images"]
     accumulate: int
     compile: bool
+    cuda_graphs: bool
     deterministic: bool
     log_every: int
     timeout: int
@@ -51,6 +52,7 @@ class AdaptTrainerSettings:
                 "trainer=adapt_cpu runs on the CPU."
             )
         self._check_devices()
+        self._check_cuda_graphs()
         if self.strategy == "ddp" and self.share == "classes" and self.processes > 1:
             raise SegmillError(
                 "trainer.strategy=ddp with trainer.share=classes: processes that have all weights "
@@ -96,6 +98,19 @@ class AdaptTrainerSettings:
         if self.devices == "auto":
             return torch.cuda.device_count() if self.on_gpu else 1
         return [int(index) for index in self.devices]
+
+    def _check_cuda_graphs(self) -> None:
+        """Only whole weights on a GPU can be recorded."""
+        if self.cuda_graphs and not self.on_gpu:
+            raise SegmillError(
+                "trainer.cuda_graphs=true is for GPUs, and this run uses none. Set it to false."
+            )
+        if self.cuda_graphs and self.processes > 1 and self.strategy == "fsdp":
+            raise SegmillError(
+                "trainer.cuda_graphs=true needs whole weights on every GPU, and trainer.strategy="
+                "fsdp shards them. Set trainer.cuda_graphs=false, or trainer.strategy=ddp with "
+                "trainer.share=images."
+            )
 
     def _check_devices(self) -> None:
         """A count of 1 or more; on GPUs no more than there are, or their numbers."""

@@ -42,6 +42,7 @@ class TaskLog(Callback):
         self._task, self._first, self._every = task, first, every
         self._images, self._processes = images, processes
         self._loggers, self._line = loggers, line
+        self._due = False
 
     def on_train_start(
         self,
@@ -65,13 +66,18 @@ class TaskLog(Callback):
         batch: Any,  # noqa: ARG002
         batch_idx: int,
     ) -> None:
-        """Every so many batches, at the first one, and at the last: the task's scores."""
+        """The task's scores: every so many batches, from the first one on, and at the last.
+
+        At the end of the optimizer's step, when its batches are counted.
+        """
+        assert isinstance(pl_module, TTAModule)
         last = batch_idx + 1 == trainer.num_training_batches
         if last and self._processes > 1:
-            assert isinstance(pl_module, TTAModule)
             pl_module.record.gather()  # on every process, though one writes
-        if last or batch_idx % self._every == 0:
+        self._due |= batch_idx % self._every == 0
+        if last or (self._due and pl_module.plan.ends_step(batch_idx)):
             self._write(trainer, pl_module)
+            self._due = False
 
     def on_train_end(
         self,
@@ -82,8 +88,7 @@ class TaskLog(Callback):
         for logger in self._loggers:
             logger.save()
 
-    def _write(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        assert isinstance(module, TTAModule)
+    def _write(self, trainer: lightning.Trainer, module: TTAModule) -> None:
         course, scores = module.record.course, module.record.scores()
         images = min(len(course.names) * self._processes, self._images)
         loss = course.mean_loss()

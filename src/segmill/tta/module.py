@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -25,13 +27,13 @@ from segmill.evidence import write_evidence
 from segmill.models.combined import CombinedModel
 from segmill.optim import OptimizerSettings
 from segmill.tta.batch_statistics import BatchStatistics
+from segmill.tta.cuda_graphs import replay_passes
 from segmill.tta.method import Method, Views
 from segmill.tta.record import Record, names_of
 from segmill.tta.sharding import (
     Snapshot,
-    compile_blocks,
+    compile_parts,
     forget_gathered,
-    repeated_blocks,
     shard,
     world_size,
 )
@@ -45,6 +47,16 @@ from segmill.tta.step_plan import step_plan
 from segmill.tta.updaters import DirectUpdater, GatheringUpdater
 
 SHOWN = 3  # names in a message
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """A batch that was adapted to and is not counted yet; `first` is the number of its image 0."""
+
+    first: int
+    batch: dict[str, Any]
+    logits: Float[Tensor, "B K h w"]
+    loss: Float[Tensor, ""]
 
 
 class TTAModule(lightning.LightningModule):
@@ -68,6 +80,7 @@ class TTAModule(lightning.LightningModule):
         seed: int,
         predict: Literal["before", "after"],
         compiled: bool,
+        cuda_graphs: bool,
         evidence: Path | None,
         accumulate: int,
         share: Literal["classes", "images"],
@@ -79,6 +92,7 @@ class TTAModule(lightning.LightningModule):
         self.new_record, self.seed = new_record, seed
         self.predict: Literal["before", "after"] = predict
         self.compiled, self.evidence = compiled, evidence
+        self.cuda_graphs = cuda_graphs
         self.accumulate = accumulate
         self.share: Literal["classes", "images"] = share
         self.strategy_name: Literal["fsdp", "ddp"] = strategy
@@ -130,7 +144,7 @@ class TTAModule(lightning.LightningModule):
         guide = self.model.generative
         network: nn.Module = self.model.discriminative.network
         if self.compiled:
-            compile_blocks(repeated_blocks(network) + ([] if guide is None else guide.blocks()))
+            compile_parts(self.model)
         mesh = self._device_mesh
         if mesh is not None and world_size() > 1 and self.strategy_name == "fsdp":
             over = mesh["data_parallel"]
@@ -144,6 +158,8 @@ class TTAModule(lightning.LightningModule):
                 shard(guide.network, blocks, over, compute_dtype=dtype, keep_gathered=True)
         if guide is not None:
             guide.fill(self.trainer.strategy.root_device)
+        if self.cuda_graphs:
+            replay_passes(self.model)
         self._configured = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
@@ -171,6 +187,7 @@ class TTAModule(lightning.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Count anew: of several epochs the last one is what is reported."""
         self.record = self.new_record(self.device)
+        self._uncounted: list[_Adapted] = []
         shared = self.share == "images" and world_size() > 1
         loader = self.trainer.train_dataloader
         assert isinstance(loader, DataLoader)
@@ -190,8 +207,12 @@ class TTAModule(lightning.LightningModule):
         self._updater = updater(self, updated if averages else [])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Adapt to a batch, and count its predictions from before (or after) the update."""
-        started = self._now()
+        """Adapt to a batch, and count its predictions from before (or after) the update.
+
+        The device is waited for once a step of the optimizer, when its batches are counted.
+        """
+        if not self._uncounted:
+            self._began = self._now()
         plan, updater = self.plan, self._updater
         own = plan.own(batch_idx)
         seeds = tuple(self._draw_seeds(position)[0] for position in own)
@@ -211,12 +232,22 @@ class TTAModule(lightning.LightningModule):
             if self.predict == "after":
                 with torch.no_grad():
                     logits = self.method.predict(views)
-        value = float(loss)
-        if not math.isfinite(value):
-            self._stop(value, batch)
-        seconds = self._now() - started
-        pred = self.record.add(batch, logits, loss=value, seconds=seconds)
-        self.on_images(own.start, batch, pred)
+        self._uncounted.append(_Adapted(own.start, batch, logits, loss.detach()))
+        if plan.ends_step(batch_idx):
+            self._count()
+
+    def _count(self) -> None:
+        """Record the batches of a step; each image has its share of the step's time."""
+        losses = torch.stack([each.loss for each in self._uncounted]).tolist()
+        images = sum(len(each.logits) for each in self._uncounted)
+        seconds = (self._now() - self._began) / images
+        for each, loss in zip(self._uncounted, losses, strict=True):
+            if not math.isfinite(loss):
+                self._stop(loss, each.batch)
+            took = seconds * len(each.logits)
+            pred = self.record.add(each.batch, each.logits, loss=loss, seconds=took)
+            self.on_images(each.first, each.batch, pred)
+        self._uncounted.clear()
 
     def _now(self) -> float:
         if self.device.type == "cuda":

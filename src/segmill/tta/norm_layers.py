@@ -1,5 +1,8 @@
 """Affine parameters of the discriminative model's normalisation layers, chosen by type."""
 
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from segmill.errors import SegmillError
 from segmill.models.combined import DISCRIMINATIVE, CombinedModel, norm_parameters
 
@@ -21,3 +24,8 @@ def norm_layers(model: CombinedModel) -> list[list[str]]:
             "Choose another model, or a method that updates all weights: tta=cotta or tta=dusa."
         )
     return list(layers.values())
+
+
+def has_batchnorm(module: nn.Module) -> bool:
+    """Whether any layer keeps moving averages of its input, as methods exchange them."""
+    return any(isinstance(each, _BatchNorm) for each in module.modules())

@@ -18,11 +18,22 @@ from torch import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from segmill.models.combined import CombinedModel
+from segmill.models.generative.codec import KLCodec
+from segmill.tta.norm_layers import has_batchnorm
 
 # Class counts (five buckets), two kinds of blocks, portrait and landscape, with and without grad.
 RECOMPILES = 64
 BUCKET = 2**26  # gradients that travel together: 256 MiB in float32
+
+
+def compile_parts(model: CombinedModel) -> None:
+    """The repeated blocks of both networks one by one, an autoencoder's encoder in one piece."""
+    guide = model.generative
+    encoders = [each.encoder for each in model.modules() if isinstance(each, KLCodec)]
+    blocks = repeated_blocks(model.discriminative.network)
+    compile_blocks(blocks + ([] if guide is None else guide.blocks()) + encoders)
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
@@ -101,7 +112,7 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
         is_list = isinstance(child, nn.ModuleList) and _are_equal(list(child))
         blocks = [] if is_list else repeated_blocks(child)
         if is_list or (not blocks and _is_stage(child)):
-            blocks = [each for each in child.children() if not _has_batchnorm(each)]
+            blocks = [each for each in child.children() if not has_batchnorm(each)]
         found += blocks
     return found
 
@@ -115,10 +126,6 @@ def _is_stage(module: nn.Module) -> bool:
 def _are_equal(modules: list[nn.Module]) -> bool:
     kinds = {type(each) for each in modules}
     return len(modules) > 1 and len(kinds) == 1 and nn.ModuleList not in kinds
-
-
-def _has_batchnorm(module: nn.Module) -> bool:
-    return any(isinstance(each, _BatchNorm) for each in module.modules())
 
 
 def local(tensor: Tensor) -> Tensor:
