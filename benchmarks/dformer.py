@@ -8,7 +8,7 @@ float32). Compiled: every block and the head by torch.compile, of both; drop pat
 all blocks, so that those of a stage share their code. Results are compared first, in float32
 without TF32. Then all run in turn in one process on random data, timed by CUDA events.
 
-    python -m benchmarks.dformer [--sizes dformer-s dformerv2-s] [--no-compile] [--json OUT]
+    python -m benchmarks.dformer [--sizes dformer-s dformerv2-s] [--no-compile] [--kinds float32]
     python -m benchmarks.dformer --profile        the 25 most expensive kernels of our step
     python -m benchmarks.dformer --tiny           on any machine; its numbers mean nothing
 """
@@ -31,6 +31,7 @@ from torch import Tensor
 from segmill.ops.upsample_argmax import upsample_argmax
 
 WARM_UP = 4
+KINDS = ("float32", "bfloat16")
 Timings = dict[str, tuple[float, float, float]]  # quartiles, milliseconds
 
 
@@ -180,7 +181,7 @@ class Session:
                     image, label = batch(1, device, tiny=options.tiny)
                     said = compared(pairs[0], pairs[1], image, label)
                 print(f"\n{name}: {said} [{self.seconds():.0f} s]\n", flush=True)
-            for bf16 in (True,) if compiled else (False, True):
+            for bf16 in [kind == "bfloat16" for kind in options.kinds]:
                 for size in (options.batch,) if compiled else (options.batch, 1):
                     self.workload(name, how, "inference", pairs, size, bf16)
                 self.workload(name, how, "training step", pairs, options.batch, bf16)
@@ -262,6 +263,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--eager", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--budget", type=float, default=400, help="no new network after, seconds")
     parser.add_argument("--json", type=Path, help="rows, written anew after each")
     parser.add_argument("--profile", action="store_true")
