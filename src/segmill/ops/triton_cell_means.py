@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from segmill.ops.token_maps import readable
+
 TILE = 2048  # values of one step of a program
 WARPS = {"num_warps": 4}
 
@@ -24,7 +26,7 @@ class CellMeansCuda(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, grid: int) -> Tensor:
         """Sums in float32."""
-        tokens = _readable(tokens)
+        tokens = readable(tokens)
         B, h, w, D = tokens.shape
         means = tokens.new_empty((B, grid * grid, D))
         channels = _channels(D)
@@ -53,15 +55,6 @@ class CellMeansCuda(torch.autograd.Function):
             GRID=ctx.grid, PIXELS=pixels, CHANNELS=channels, **WARPS,
         )  # fmt: skip
         return result, None
-
-
-def _readable(tokens: Tensor) -> Tensor:
-    """Channels side by side, and pixels at one distance from each other."""
-    _, h, w, _ = tokens.shape
-    of_image, of_row, of_pixel, of_channel = tokens.stride()
-    if of_channel == 1 and of_row == w * of_pixel and of_image == h * of_row:
-        return tokens
-    return tokens.contiguous()
 
 
 def _channels(width: int) -> int:

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from segmill.ops.token_maps import readable
+
 TILE = 2048  # values of one program of the convolution: 16 for each thread of four warps
 SMALL_TILE = 1024  # of one step of the weights' gradient: 8 for each thread and tap
 PROGRAMS = 1056  # that the weights' gradient is spread over: 8 for each multiprocessor of an H200
@@ -37,8 +39,8 @@ class DepthwiseConvCuda(torch.autograd.Function):
         kind: torch.dtype,
     ) -> Tensor:
         """The result is of type `kind`, contiguous."""
-        tokens = _readable(tokens)
-        other = None if other is None else _readable(other)
+        tokens = readable(tokens)
+        other = None if other is None else readable(other)
         # Taps first, so that channels lie side by side, in the type that torch would convolve in.
         table = weight.detach().flatten(1).t().to(tokens.dtype).contiguous()
         result = _convolved(
@@ -56,7 +58,7 @@ class DepthwiseConvCuda(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """To tokens, weights, bias and what was added."""
         tokens, table, bias, other = ctx.saved_tensors
-        gradient = _readable(gradients[0])
+        gradient = readable(gradients[0])
         if ctx.gelu:
             added = tokens if ctx.itself else other
             gradient = _convolved(
@@ -74,15 +76,6 @@ class DepthwiseConvCuda(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             to_other = gradient.to(ctx.other_kind)
         return to_tokens, to_weight, to_bias, to_other, None, None, None
-
-
-def _readable(tokens: Tensor) -> Tensor:
-    """Channels side by side, and pixels at one distance from each other."""
-    _, h, w, _ = tokens.shape
-    of_image, of_row, of_pixel, of_channel = tokens.stride()
-    if of_channel == 1 and of_row == w * of_pixel and of_image == h * of_row:
-        return tokens
-    return tokens.contiguous()
 
 
 def _convolved(
