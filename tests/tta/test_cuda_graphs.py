@@ -102,15 +102,28 @@ def test_an_output_that_was_forgotten_does_not_stand_in_the_way(network):
     assert "Replay" in type(output.grad_fn).__name__
 
 
-def test_without_gradients_or_for_inputs_that_need_them_the_network_itself_is_called(network):
+def test_without_gradients_the_network_itself_is_called(network, caplog):
     replayed = Replayed(network, CountedPass)
-    image = torch.randn(2, 3, requires_grad=True)
     for _ in range(WARM_UPS + 2):
         with torch.no_grad():
             replayed(torch.randn(2, 3))
-        replayed(image).sum().backward()
+    assert CountedPass.made == 0
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_inputs_that_cannot_be_recorded_reach_the_network_and_are_reported_once(
+    network, named, caplog
+):
+    replayed = Replayed(network, CountedPass)
+    image = torch.randn(2, 3, requires_grad=True)
+    for _ in range(WARM_UPS + 2):
+        output = replayed(input=image) if named else replayed(image)
+        output.sum().backward()
     assert CountedPass.made == 0
     assert image.grad is not None
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert "no effect on the passes of Sequential: it is called with more than tensors" in said
 
 
 def test_other_weights_to_learn_are_another_pass(network):
@@ -131,12 +144,13 @@ def test_the_last_used_passes_are_kept(network):
     assert len(replayed._passes) == RECORDINGS
 
 
-def test_networks_with_batchnorm_are_left_as_they_are():
+def test_networks_with_batchnorm_are_left_as_they_are_and_that_is_said(caplog):
     model = tiny_model()
     model.discriminative.network = nn.Sequential(nn.BatchNorm2d(3))
     replay_passes(model)
     assert not isinstance(model.discriminative.network.forward, Replayed)
     assert isinstance(model.guide.network.forward, Replayed)
+    assert "no effect on the passes of Sequential: it has BatchNorm" in caplog.text
 
 
 def test_on_the_cpu_a_model_that_may_replay_does_as_before():

@@ -6,6 +6,7 @@ GPU takes to run them. A recorded pass is launched at once, whatever is in it.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,9 @@ from segmill.models.combined import CombinedModel
 from segmill.ops.accumulate import accumulate
 from segmill.tta.norm_layers import has_batchnorm
 
+log = logging.getLogger(__name__)
+
+NOT_RECORDED = "trainer.cuda_graphs has no effect on the passes of %s: %s."
 WARM_UPS = 3  # calls before a pass is recorded: what is compiled and chosen by trying is so by then
 RECORDINGS = 3  # kept of a network, the last used ones: each holds the memory of a pass
 
@@ -32,11 +36,13 @@ RECORDINGS = 3  # kept of a network, the last used ones: each holds the memory o
 def replay_passes(model: CombinedModel) -> None:
     """From now on passes of both networks are recorded and replayed, whole weights provided.
 
-    Not those of a network with BatchNorm, whose layers methods exchange.
+    Not those of a network with BatchNorm, whose layers methods exchange; that is said.
     """
     guide = model.generative
     for network in (model.discriminative.network, None if guide is None else guide.network):
-        if network is not None and not has_batchnorm(network):
+        if network is not None and has_batchnorm(network):
+            log.warning(NOT_RECORDED, type(network).__name__, "it has BatchNorm")
+        elif network is not None:
             network.forward = Replayed(network)
 
 
@@ -188,7 +194,7 @@ class Replayed:
     That is on a GPU, with gradients, of tensors that need none themselves, once a shape has come
     several times. While an earlier output may still be differentiated, a call is not a replay: its
     pass would be overwritten. Gradients are added to the parameters' `grad` by the backward pass
-    itself; hooks of the parameters are not called.
+    itself; hooks of the parameters are not called. Inputs that cannot be recorded are reported.
     """
 
     def __init__(self, network: nn.Module, record: Callable[..., Pass] | None = None) -> None:
@@ -199,10 +205,11 @@ class Replayed:
         self._passes: OrderedDict[Any, Pass] = OrderedDict()
         self._seen: dict[Any, int] = {}
         self._pending: weakref.ref[_Turn] | None = None
+        self._said = False
 
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:
         learnt = [each for each in self._parameters if each.requires_grad]
-        if options or not self._fits(inputs, learnt):
+        if not learnt or not torch.is_grad_enabled() or not self._fits(inputs, options):
             return self._call(*inputs, **options)
         key = self._key(inputs, learnt)
         found = self._passes.get(key)
@@ -219,11 +226,16 @@ class Replayed:
         self._pending = weakref.ref(turn)
         return _Replay.apply(found, turn, learnt[0], *inputs)
 
-    def _fits(self, inputs: Sequence[Any], learnt: Sequence[nn.Parameter]) -> bool:
+    def _fits(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> bool:
         tensors = all(isinstance(each, Tensor) and not each.requires_grad for each in inputs)
-        on_gpu = tensors and (self._record is not None or all(each.is_cuda for each in inputs))
-        busy = self._pending is not None and self._pending() is not None
-        return on_gpu and bool(learnt) and torch.is_grad_enabled() and not busy
+        if options or not tensors:
+            if not self._said:
+                why = "it is called with more than tensors that need no gradients"
+                log.warning(NOT_RECORDED, type(self._network).__name__, why)
+            self._said = True
+            return False
+        on_gpu = self._record is not None or all(each.is_cuda for each in inputs)
+        return on_gpu and (self._pending is None or self._pending() is None)
 
     @staticmethod
     def _key(inputs: Sequence[Tensor], learnt: Sequence[nn.Parameter]) -> Any:
