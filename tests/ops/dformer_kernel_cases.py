@@ -218,7 +218,11 @@ def check_compiled() -> None:
         return depthwise_conv(tokens, weight, bias, added=tokens, gelu=True)
 
     learnt = [case[name] for name in ("query", "key", "value", "weight")]
-    calls = ((conv, [tokens, weight, bias]), (lambda: attention(case), learnt))
+    calls = (
+        (conv, [tokens, weight, bias]),
+        (lambda: cell_means(tokens, 7), [tokens]),
+        (lambda: attention(case), learnt),
+    )
     for (call, leaves), backend in itertools.product(calls, ("aot_eager", "inductor")):
         eager, compiled = call(), torch.compile(call, backend=backend, fullgraph=True)()
         upstream = torch.randn_like(eager)

@@ -136,12 +136,21 @@ def test_other_weights_to_learn_are_another_pass(network):
     assert CountedPass.made == 2
 
 
-def test_the_last_used_passes_are_kept(network):
+def test_shapes_beyond_the_first_few_run_as_they_are_and_nothing_is_recorded_twice(network):
     replayed = Replayed(network, CountedPass)
-    for count in range(1, RECORDINGS + 2):
-        for _ in range(WARM_UPS + 1):
+    for _ in range(WARM_UPS + 3):
+        for count in range(1, RECORDINGS + 3):
             replayed(torch.randn(count, 3)).sum().backward()
-    assert len(replayed._passes) == RECORDINGS
+    assert CountedPass.made == RECORDINGS
+
+
+def test_other_weights_to_learn_make_room_for_their_passes(network):
+    replayed = Replayed(network, CountedPass)
+    for _ in range(2):
+        for count in range(1, RECORDINGS + 1):
+            _gradients(replayed, network, *torch.randn(WARM_UPS + 1, count, 3))
+        network[0].requires_grad_(False)
+    assert CountedPass.made == 2 * RECORDINGS
 
 
 def test_networks_with_batchnorm_are_left_as_they_are_and_that_is_said(caplog):

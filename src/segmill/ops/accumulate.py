@@ -1,7 +1,6 @@
 """Sums that are wider than what is added: float32 gradients of weights that were used in bfloat16.
 
-On CUDA by a Triton kernel that reads and writes each number once, at the speed of the memory;
-elsewhere torch's operation.
+On CUDA by a Triton kernel that reads and writes each number once; elsewhere torch's operation.
 """
 
 import torch

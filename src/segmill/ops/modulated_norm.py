@@ -1,7 +1,6 @@
 """Layer normalisation that a condition scales and shifts (adaLN), with the residual before it.
 
-On CUDA by Triton kernels, one pass over the tokens forward and one backward; elsewhere torch's
-operations.
+On CUDA by Triton kernels, one forward and one backward; elsewhere torch's operations.
 """
 
 import torch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 NOT_RECORDED = "trainer.cuda_graphs has no effect on the passes of %s: %s."
 WARM_UPS = 3  # calls before a pass is recorded: what is compiled and chosen by trying is so by then
-RECORDINGS = 3  # kept of a network, the last used ones: each holds the memory of a pass
+RECORDINGS = 3  # shapes of a network at most: each holds the memory of a pass
 
 
 def replay_passes(model: CombinedModel) -> None:
@@ -192,9 +192,10 @@ class Replayed:
     """Takes the place of `network.forward`: as it, but recorded where that is possible.
 
     That is on a GPU, with gradients, of tensors that need none themselves, once a shape has come
-    several times. While an earlier output may still be differentiated, a call is not a replay: its
-    pass would be overwritten. Gradients are added to the parameters' `grad` by the backward pass
-    itself; hooks of the parameters are not called. Inputs that cannot be recorded are reported.
+    several times; of the first shapes only, until other weights are learnt. While an earlier output
+    may still be differentiated, a call is not a replay: its pass would be overwritten. Gradients
+    are added to the parameters' `grad` by the backward pass itself; hooks of the parameters are not
+    called. Inputs that cannot be recorded are reported.
     """
 
     def __init__(self, network: nn.Module, record: Callable[..., Pass] | None = None) -> None:
@@ -202,8 +203,9 @@ class Replayed:
         self._call: Callable[..., Tensor] = network.forward
         self._parameters = list(network.parameters())
         self._record = record
-        self._passes: OrderedDict[Any, Pass] = OrderedDict()
-        self._seen: dict[Any, int] = {}
+        self._weights: tuple[int, ...] = ()
+        self._passes: dict[Any, Pass] = {}
+        self._seen: Counter[Any] = Counter()
         self._pending: weakref.ref[_Turn] | None = None
         self._said = False
 
@@ -211,17 +213,19 @@ class Replayed:
         learnt = [each for each in self._parameters if each.requires_grad]
         if not learnt or not torch.is_grad_enabled() or not self._fits(inputs, options):
             return self._call(*inputs, **options)
-        key = self._key(inputs, learnt)
+        weights = tuple(each.data_ptr() for each in learnt)
+        if weights != self._weights:
+            self._weights = weights
+            self._passes.clear()
+            self._seen.clear()
+        key = _key(inputs)
         found = self._passes.get(key)
         if found is None:
-            self._seen[key] = self._seen.get(key, 0) + 1
-            if self._seen[key] <= WARM_UPS:
+            self._seen[key] += 1
+            if self._seen[key] <= WARM_UPS or len(self._passes) == RECORDINGS:
                 return self._call(*inputs)
             found = (self._record or RecordedPass)(self._network, self._call, inputs, learnt)
             self._passes[key] = found
-            if len(self._passes) > RECORDINGS:
-                self._passes.popitem(last=False)
-        self._passes.move_to_end(key)
         turn = _Turn()
         self._pending = weakref.ref(turn)
         return _Replay.apply(found, turn, learnt[0], *inputs)
@@ -237,11 +241,10 @@ class Replayed:
         on_gpu = self._record is not None or all(each.is_cuda for each in inputs)
         return on_gpu and (self._pending is None or self._pending() is None)
 
-    @staticmethod
-    def _key(inputs: Sequence[Tensor], learnt: Sequence[nn.Parameter]) -> Any:
-        shapes = tuple((each.shape, each.dtype) for each in inputs)
-        kind = _autocast_type(inputs[0].device)
-        return shapes, kind, tuple(each.data_ptr() for each in learnt)
+
+def _key(inputs: Sequence[Tensor]) -> Any:
+    shapes = tuple((each.shape, each.dtype) for each in inputs)
+    return shapes, _autocast_type(inputs[0].device)
 
 
 class _Turn:
