@@ -232,7 +232,7 @@ class TTAModule(lightning.LightningModule):
             if self.predict == "after":
                 with torch.no_grad():
                     logits = self.method.predict(views)
-        self._uncounted.append(_Adapted(own.start, batch, logits, loss.detach()))
+        self._uncounted.append(_Adapted(own.start, batch, logits.detach(), loss.detach()))
         if plan.ends_step(batch_idx):
             self._count()
 
